@@ -1,0 +1,1 @@
+"""What the methods share: backend selection, dropout, tile tables, checks."""

@@ -1,0 +1,150 @@
+"""Argument checks that every public function shares.
+
+Each error names the argument, what was given and what is allowed, and is raised before anything
+ran: an error from a kernel or from compiled code would reach the user without its text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def describe(value: object) -> str:
+    """Return ``value`` as an error message shows it: a tensor by shape, dtype and device."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}, {value.dtype} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """Check that ``value`` is a plain floating-point tensor that a kernel can read.
+
+    Raises:
+        TypeError: not a tensor, a sharded (DTensor), quantised, sparse, nested or integer tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    # Exact types first: this line is all that the common case pays.
+    if type(value) not in _PLAIN and not torch.compiler.is_compiling():
+        _refuse_wrapped(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}. A quantised "
+            f"weight has no fused kernel here: dequantise it first (for instance .to(torch.bfloat16))"
+        )
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one; convert it first")
+    return value
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _refuse_wrapped(name: str, value: Tensor) -> None:
+    kind = type(value)
+    if kind.__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor (a sharded parameter). Under FSDP2 call the layer through its "
+            f"forward so that it is gathered first; for tensor parallelism use "
+            f"LoRAColwiseParallel or LoRARowwiseParallel, or pass {name}.to_local()"
+        )
+    if hasattr(kind, "__torch_dispatch__") and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        # FakeTensor and functional tensors stand in for plain ones while tracing.
+        if kind.__module__.startswith("torch._subclasses"):
+            return
+        raise TypeError(
+            f"{name} is a {kind.__module__}.{kind.__name__}, a quantised or wrapped tensor whose "
+            f"storage the kernels cannot read; dequantise or unwrap it first"
+        )
+    if kind.__name__ in ("Params4bit", "Int8Params"):
+        raise TypeError(
+            f"{name} is a {kind.__name__} (bitsandbytes quantised weight); dequantise it first"
+        )
+
+
+def check_ndim(name: str, value: Tensor, ndim: int, layout: str) -> None:
+    """Raise ValueError unless ``value`` has ``ndim`` dimensions, described by ``layout``."""
+    if value.dim() != ndim:
+        raise ValueError(f"{name} must have shape {layout}, got {list(value.shape)}")
+
+
+def check_probability(name: str, value: object) -> float:
+    """Return ``value`` as a float in [0, 1).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside [0, 1), or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {describe(value)}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return float(value)
+
+
+def check_scale(name: str, value: object) -> float:
+    """Return ``value`` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number (alpha / r), got {describe(value)}")
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def check_seed(value: object, device: torch.device) -> Tensor:
+    """Return ``value`` checked as a dropout seed: an int64 tensor of one element on ``device``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"seed must be an int64 tensor of one element on {device}, got {describe(value)}; "
+            f"write torch.tensor([{value!r}], device={str(device)!r})"
+        )
+    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+        raise ValueError(
+            f"seed must be an int64 tensor of one element on {device}, got {describe(value)}"
+        )
+    return value
+
+
+def check_same_device(names_and_tensors: dict[str, Tensor | None], device: torch.device) -> None:
+    """Raise ValueError naming the first tensor that is not on ``device``."""
+    for name, value in names_and_tensors.items():
+        if value is not None and value.device != device:
+            raise ValueError(
+                f"{name} is on {value.device} while x is on {device}; move one of them with .to()"
+            )
+
+
+def compute_dtype(x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...]) -> torch.dtype:
+    """Return the dtype to compute in: autocast's where it is on, else that of x.
+
+    Without autocast the tensors named in ``exact`` must have x's dtype, as ``F.linear`` demands;
+    the others, small parameters that are cast for the product, may be wider or narrower but must
+    not force x itself up (float16 and bfloat16 do not mix).
+
+    Raises:
+        TypeError: dtypes that cannot mix, with the way out.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    dtype = x.dtype
+    for name, value in named.items():
+        if value is None or value.dtype == dtype:
+            continue
+        if name in exact:
+            raise TypeError(
+                f"{name} is {value.dtype} and x is {dtype}: cast one of them, or run under "
+                f"torch.autocast({device_type!r})"
+            )
+        if torch.promote_types(value.dtype, dtype) not in (value.dtype, dtype):
+            raise TypeError(
+                f"{name} is {value.dtype} and x is {dtype}, which do not mix: cast {name} to "
+                f"{dtype} or float32"
+            )
+    return dtype

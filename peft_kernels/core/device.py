@@ -1,0 +1,54 @@
+"""``@triton.jit`` helpers that the kernels of several methods share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_mask(seed, rows, group0, groups, drop_threshold, BLOCK_C: tl.constexpr):
+    """Return the keep mask of dropout, [len(rows), BLOCK_C]: ``core.rng.dropout_mask``, one tile.
+
+    Args:
+        seed: int64 scalar.
+        rows: absolute row numbers, [BLOCK_M].
+        group0: first column of the tile / 4.
+        groups: ceil(columns / 4) of the whole matrix.
+        drop_threshold: the uint32 bound, shifted down by 2**31 so that it always is an int32.
+        BLOCK_C: columns of the tile, a multiple of 4.
+    """
+    offs_g = group0 + tl.arange(0, BLOCK_C // 4)
+    counter = rows.to(tl.int64)[:, None] * groups + offs_g[None, :]
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    # One call gives the words of four neighbouring columns.
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(rows.shape[0], BLOCK_C)
+    bound = (drop_threshold.to(tl.int64) + 2147483648).to(tl.uint32)
+    return words >= bound
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, expected):
+    """Return whether this program is the last of ``expected`` to come here; it resets the counter.
+
+    Everything that the others stored before they came is visible to the last one afterwards.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    last = arrived == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def grouped_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Return (pid_m, pid_n) of an output tile, GROUP_M row blocks at a time for L2 reuse."""
+    width = GROUP_M * num_n
+    first_m = (tile // width) * GROUP_M
+    size_m = min(num_m - first_m, GROUP_M)
+    return first_m + (tile % width) % size_m, (tile % width) // size_m

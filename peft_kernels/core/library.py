@@ -1,0 +1,41 @@
+"""Registration with ``torch.library``: what makes a launcher visible to ``torch.compile``.
+
+A launcher writes into tensors that Python allocated and returns nothing. Registered as an
+out-variant it needs no fake implementation and no autograd formula of its own: the
+``autograd.Function`` around it is traced, the launcher stays opaque. In eager mode the launcher is
+called directly, because a dispatcher hop costs more host time than the whole Python side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def out_variant_op(
+    name: str, launcher: Callable[..., None], schema: str, writes: tuple[str, ...]
+) -> Callable[..., None]:
+    """Register ``launcher`` as ``peft_kernels::name`` and return a function that picks the way in.
+
+    Args:
+        name: op name inside the ``peft_kernels`` namespace.
+        launcher: a function that fills some of its arguments and returns None.
+        schema: its schema, ``(Tensor x, Tensor(a!) y) -> ()``.
+        writes: names of the arguments that it fills.
+
+    Returns:
+        A function with the launcher's parameters, positional: the op while ``torch.compile``
+        traces, the launcher itself in eager mode.
+    """
+    op = torch.library.custom_op(
+        f"peft_kernels::{name}", launcher, mutates_args=writes, schema=schema
+    )
+
+    def run(*args: object) -> None:
+        if torch.compiler.is_compiling():
+            op(*args)
+        else:
+            launcher(*args)
+
+    return run

@@ -1,0 +1,1 @@
+"""LoRA: base product plus low-rank update in one launch."""

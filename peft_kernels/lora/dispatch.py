@@ -1,0 +1,202 @@
+"""Runs one LoRA call on the backend that serves it.
+
+``run_forward`` and ``run_backward`` bring the tensors into the form that every launcher takes (2-D,
+one dtype, a unit stride) and hand them to the backend chosen. Under ``torch.compile`` the two are
+opaque ops, so that the choice, the casts and a warning happen inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels.core import backend as backends
+from peft_kernels.core import triton_runtime
+from peft_kernels.core.library import out_variant_op
+from peft_kernels.lora import cpp, reference
+
+
+class LoRASpec(NamedTuple):
+    """What the choice of a LoRA backend and variant depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int
+    dropout: bool
+
+
+def _triton_forward(*args: Any) -> None:
+    from peft_kernels.lora import launch
+
+    launch.lora_forward(*args)
+
+
+def _triton_backward(*args: Any) -> None:
+    from peft_kernels.lora import launch
+
+    launch.lora_backward(*args)
+
+
+def _triton_why_not(spec: LoRASpec) -> str | None:
+    return triton_runtime.why_not(spec.device, spec.dtype)
+
+
+def _triton_plan(spec: LoRASpec) -> str:
+    from peft_kernels.core import tiles
+
+    return tiles.lora_plan(*spec)
+
+
+def _cpp_why_not(spec: LoRASpec) -> str | None:
+    return cpp.why_not(spec.dtype)
+
+
+LORA_LINEAR = backends.Op(
+    "lora_linear",
+    (
+        backends.Backend(
+            "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
+        ),
+        backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
+        backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
+    ),
+)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x as [M, K] in ``dtype`` with unit inner stride: a view wherever that is possible."""
+    x = _cast(x, dtype)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = _cast(weight, dtype)
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _packed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = _cast(value, dtype)
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def run_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    backend: str | None,
+    y: Tensor,
+    s: Tensor,
+) -> None:
+    """Choose a backend and write y [..., N] and s [M, r]; s's dtype is the one computed in."""
+    dtype = s.dtype
+    (out_features, in_features), (tokens, rank) = weight.shape, s.shape
+    if not (tokens and out_features and in_features):
+        y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
+        s.zero_()
+        return
+    spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    backends.select(LORA_LINEAR, spec, backend).forward(
+        _rows(x, dtype),
+        _matrix(weight, dtype),
+        _packed(lora_a, dtype),
+        _packed(lora_b, dtype),
+        None if bias is None else _packed(bias, dtype),
+        seed,
+        scale,
+        dropout_p,
+        y if y.dim() == 2 else y.view(tokens, out_features),
+        s,
+    )
+
+
+def run_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    backend: str | None,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    dbias: Tensor | None,
+    dweight: Tensor | None,
+) -> None:
+    """Choose a backend and write the gradients that are not None."""
+    dtype = s.dtype
+    (out_features, in_features), (tokens, rank) = weight.shape, s.shape
+    if not (tokens and out_features and in_features):
+        for gradient in (dx, da, db, dweight):
+            if gradient is not None:
+                gradient.zero_()
+        if dbias is not None:
+            dbias.copy_(dy.reshape(tokens, out_features).sum(0))
+        return
+    spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    # Under autocast x and weight may be wider than what is computed in.
+    dx_narrow = _narrow(dx, dtype)
+    dweight_narrow = _narrow(dweight, dtype)
+    backends.select(LORA_LINEAR, spec, backend).backward(
+        _rows(dy, dtype),
+        _rows(x, dtype),
+        s,
+        _matrix(weight, dtype),
+        _packed(lora_a, dtype),
+        _packed(lora_b, dtype),
+        seed,
+        scale,
+        dropout_p,
+        None if dx_narrow is None else dx_narrow.view(tokens, in_features),
+        da,
+        db,
+        dbias,
+        dweight_narrow,
+    )
+    if dx is not None and dx is not dx_narrow:
+        dx.copy_(dx_narrow)
+    if dweight is not None and dweight is not dweight_narrow:
+        dweight.copy_(dweight_narrow)
+
+
+def _narrow(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if gradient is None or gradient.dtype == dtype:
+        return gradient
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+# A float argument of an op compiles one graph per value, hence the 0-d tensor in the schemas.
+lora_forward = out_variant_op(
+    "lora_forward",
+    run_forward,
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "Tensor scale, float dropout_p, str? backend, Tensor(a!) y, Tensor(b!) s) -> ()",
+    ("y", "s"),
+)
+lora_backward = out_variant_op(
+    "lora_backward",
+    run_backward,
+    "(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? seed, "
+    "Tensor scale, float dropout_p, str? backend, Tensor(a!)? dx, Tensor(b!)? da, Tensor(c!)? db, "
+    "Tensor(d!)? dbias, Tensor(e!)? dweight) -> ()",
+    ("dx", "da", "db", "dbias", "dweight"),
+)

@@ -1,0 +1,214 @@
+"""Launchers of the LoRA kernels: pick the tile, the grid and the operands of each launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from peft_kernels.core import tiles, triton_runtime
+from peft_kernels.core.rng import drop_threshold
+from peft_kernels.core.token_reduction import Factor, token_reduction
+from peft_kernels.lora import kernels
+
+# Where dropout acts, as the kernels number it.
+_NOWHERE, _ON_INPUT, _ON_OUTPUT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """y [M, N] = x wᵀ + bias + s bᵀ with s = scale · x aᵀ; w is [N, K], a [R, K], b [N, R]."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    s: Tensor
+    seed: Tensor | None
+    scale: float | Tensor
+    dropout_p: float
+    dropout: int
+
+    def low_rank(self) -> dict[str, object]:
+        """Return what every kernel that computes s takes."""
+        return {
+            "x_ptr": self.x,
+            "a_ptr": self.a,
+            "s_ptr": self.s,
+            # Never read without dropout, but a kernel argument has to be some pointer.
+            "seed_ptr": self.seed if self.seed is not None else self.s,
+            "scale": self.scale,
+            "inverse_keep": 1.0 / (1.0 - self.dropout_p),
+            "M": self.x.shape[0],
+            "K": self.x.shape[1],
+            "R": self.a.shape[0],
+            "stride_xm": self.x.stride(0),
+            "stride_ar": self.a.stride(0),
+            "stride_ak": self.a.stride(1),
+            "drop_threshold": drop_threshold(self.dropout_p) - 2**31,
+            "BLOCK_R": min(64, max(16, triton.next_power_of_2(self.a.shape[0]))),
+            "DROPOUT": self.dropout,
+            "SCALE_IS_POINTER": isinstance(self.scale, Tensor),
+            "PRECISION": tiles.precision(self.x.dtype, self.x.device),
+        }
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    y: Tensor,
+    s: Tensor,
+) -> None:
+    """Write y [M, N] and s [M, r] in one launch ("split": the library GEMM and two more)."""
+    dropout = _NOWHERE if seed is None else _ON_INPUT
+    operands = _Operands(x, weight, lora_a, lora_b, bias, s, seed, scale, dropout_p, dropout)
+    with torch.cuda.device_of(x):
+        _product(operands, y)
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    dbias: Tensor | None,
+    dweight: Tensor | None,
+) -> None:
+    """Write the gradients that are not None: dS and dX in one launch, dA, dB and dbias in one."""
+    with torch.cuda.device_of(x):
+        ds = s
+        if dx is not None or da is not None:
+            ds = torch.empty_like(s)
+            dropout = _NOWHERE if seed is None else _ON_OUTPUT
+            operands = _Operands(
+                dy, weight.t(), lora_b.t(), lora_a.t(), None, ds, seed, scale, dropout_p, dropout
+            )
+            if dx is None:
+                _low_rank(operands)
+            else:
+                _product(operands, dx)
+        token_reduction(
+            Factor(x, ds, None if da is None else da.t()),
+            Factor(dy, s, db),
+            dbias,
+            tiles.reduction_tile(x.device, x.dtype),
+            seed=seed,
+            dropout_p=dropout_p,
+            precision=tiles.precision(x.dtype, x.device),
+        )
+        if dweight is not None:
+            torch.mm(dy.t(), x, out=dweight)
+
+
+def _product(operands: _Operands, y: Tensor) -> None:
+    x, w = operands.x, operands.w
+    (tokens, depth), columns = x.shape, w.shape[0]
+    masked = operands.dropout == _ON_OUTPUT
+    tile = tiles.lora_tile(x.device, x.dtype, tokens, operands.a.shape[0], masked)
+    if tile.variant == "split":
+        _split(operands, y)
+        return
+    num_m = triton.cdiv(tokens, tile.block_m)
+    num_tiles = num_m * triton.cdiv(columns, tile.block_n)
+    arguments = operands.low_rank() | {
+        "w_ptr": w,
+        "b_ptr": operands.b,
+        "bias_ptr": operands.bias if operands.bias is not None else operands.b,
+        "y_ptr": y,
+        "N": columns,
+        "stride_wn": w.stride(0),
+        "stride_wk": w.stride(1),
+        "stride_bn": operands.b.stride(0),
+        "stride_br": operands.b.stride(1),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "EVEN_K": depth % tile.block_k == 0,
+        "HAS_BIAS": operands.bias is not None,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    if tile.variant == "recompute":
+        kernels._lora_recompute_kernel[(num_tiles,)](**arguments)
+        return
+    num_r = triton.cdiv(operands.a.shape[0], arguments["BLOCK_R"])
+    counters = triton_runtime.counters(x.device, 2 + num_m)
+    programs = min(num_tiles + num_m * num_r, _resident_programs(x.device))
+    kernels._lora_ticket_kernel[(programs,)](**arguments, counters_ptr=counters)
+
+
+def _resident_programs(device: torch.device) -> int:
+    """Return how many programs the persistent grid has: progress needs no particular number."""
+    if device.type != "cuda":
+        return 2
+    return 2 * triton_runtime.multiprocessors(device.index or 0)
+
+
+def _low_rank(operands: _Operands) -> None:
+    """Launch the kernel that computes s alone."""
+    x = operands.x
+    tile = tiles.low_rank_tile(x.device, x.dtype)
+    arguments = operands.low_rank()
+    grid = (
+        triton.cdiv(x.shape[0], tile.block_m),
+        triton.cdiv(operands.a.shape[0], arguments["BLOCK_R"]),
+    )
+    kernels._low_rank_kernel[grid](
+        **arguments,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _split(operands: _Operands, y: Tensor) -> None:
+    """The library GEMM for x wᵀ, then s, then the rank-r update in place."""
+    x, w, b = operands.x, operands.w, operands.b
+    if operands.bias is None:
+        torch.mm(x, w.t(), out=y)
+    else:
+        torch.addmm(operands.bias, x, w.t(), out=y)
+    _low_rank(operands)
+    if operands.dropout != _ON_OUTPUT:
+        y.addmm_(operands.s, b.t())
+        return
+    tile = tiles.low_rank_tile(x.device, x.dtype)
+    arguments = operands.low_rank()
+    grid = (triton.cdiv(y.shape[0], tile.block_m), triton.cdiv(y.shape[1], tile.block_n))
+    kernels._masked_update_kernel[grid](
+        y_ptr=y,
+        s_ptr=operands.s,
+        b_ptr=b,
+        seed_ptr=operands.seed,
+        M=y.shape[0],
+        N=y.shape[1],
+        R=b.shape[1],
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        drop_threshold=arguments["drop_threshold"],
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_R=arguments["BLOCK_R"],
+        PRECISION=arguments["PRECISION"],
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -1,0 +1,211 @@
+"""``lora_linear``: argument checks, the autograd Function, the public function.
+
+A call travels one way: ``lora_linear`` → checks → ``LoRALinearFunction`` → ``dispatch`` → the chosen
+backend's launcher.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_kernels.core import backend as backends
+from peft_kernels.core import checks, rng
+from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ, its gradients written out.
+
+    Saved for backward: x and the parameters as they were given, the seed, and s [M, r].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        scale: float | Tensor,
+        dropout_p: float,
+        backend: str | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return y [..., N] in ``dtype``, the one that is computed in."""
+        leading = x.shape[:-1]
+        y = x.new_empty((*leading, weight.shape[0]), dtype=dtype)
+        s = x.new_empty((math.prod(leading), lora_a.shape[0]), dtype=dtype)
+        lora_forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, backend, y, s)
+        scale_tensor = scale if isinstance(scale, Tensor) else None
+        ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed, scale_tensor)
+        ctx.scale = None if scale_tensor is not None else scale
+        ctx.dropout_p, ctx.backend = dropout_p, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight, lora_a, lora_b and bias, each where it is needed."""
+        if dy is None:
+            return (None,) * 10
+        x, weight, lora_a, lora_b, s, seed, scale = ctx.saved_tensors
+        if scale is None:
+            scale = ctx.scale
+        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        dx = _gradient_of(x) if need_x else None
+        dweight = _gradient_of(weight) if need_weight else None
+        da = _gradient_of(lora_a) if need_a else None
+        db = _gradient_of(lora_b) if need_b else None
+        dbias = dy.new_empty(weight.shape[0], dtype=ctx.bias_dtype) if need_bias else None
+        lora_backward(
+            dy, x, s, weight, lora_a, lora_b, seed, scale, ctx.dropout_p, ctx.backend,
+            dx, da, db, dbias, dweight,
+        )  # fmt: skip
+        return dx, dweight, da, db, dbias, None, None, None, None, None
+
+
+def _gradient_of(value: Tensor) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return ``x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``, differentiable in all five tensors.
+
+    What is computed in: the dtype of x, or the autocast dtype where autocast is on. Adapters (and
+    the bias) may be kept wider, as peft keeps them in float32: they are cast down for the product,
+    x is never cast up, and their gradients come back in their own dtype. peft without autocast
+    casts x up instead and computes the low-rank part in float32; the two differ by the rounding of
+    A, B and s to the dtype of x.
+
+    Dropout acts on the input of A only, regenerated in backward from ``seed``; nothing of the size
+    of x or y is stored. Backward saves x itself and s = scale · drop(x) Aᵀ, [M, r].
+
+    Args:
+        x: activations [..., K]; float64, float32, float16 or bfloat16, any strides, 0 rows allowed.
+        weight: base weight [N, K], usually frozen, in x's dtype (any float dtype under autocast).
+        lora_a: down-projection A [r, K], in x's dtype or a wider one.
+        lora_b: up-projection B [N, r], likewise.
+        bias: base bias [N] or None, likewise.
+        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew.
+        dropout_p: drop probability in [0, 1).
+        training: dropout is the identity when False.
+        seed: int64 tensor of one element on x's device that fixes the dropout mask, the same on
+            every backend; None draws one from torch's generator.
+        backend: "triton", "cuda", "cpp" or "reference" to demand one; None takes the best.
+
+    Returns:
+        y [..., N] in the dtype that is computed in.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or dtypes that cannot mix.
+        ValueError: shapes or ranks that disagree, devices that differ, dropout outside [0, 1), an
+            unknown backend.
+        BackendUnavailable: a demanded backend cannot serve this call, with every reason.
+
+    Source: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022.
+
+    Example:
+        >>> import torch
+        >>> from peft_kernels import lora_linear
+        >>> x, weight = torch.randn(2, 5, 32), torch.randn(16, 32)
+        >>> lora_a, lora_b = torch.randn(8, 32, requires_grad=True), torch.zeros(16, 8)
+        >>> lora_linear(x, weight, lora_a, lora_b, scale=2.0).shape
+        torch.Size([2, 5, 16])
+    """
+    dtype = _check(x, weight, lora_a, lora_b, bias)
+    factor = checks.check_scale("scale", scale)
+    probability = checks.check_probability("dropout_p", dropout_p) if training else 0.0
+    backends.check_backend_name(backend)
+    if probability == 0.0:
+        seed = None
+    else:
+        seed = rng.draw_seed(x.device) if seed is None else checks.check_seed(seed, x.device)
+    # A tensor while tracing: a float would compile one graph per value.
+    traced = torch.compiler.is_compiling()
+    run_scale = torch.full((), factor, dtype=torch.float32, device=x.device) if traced else factor
+    arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
+    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return LoRALinearFunction.apply(*arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return LoRALinearFunction.apply(*arguments)
+
+
+def _check(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> torch.dtype:
+    """Check the tensors of a call and return the dtype to compute in."""
+    checks.check_tensor("x", x)
+    checks.check_tensor("weight", weight)
+    checks.check_tensor("lora_a", lora_a)
+    checks.check_tensor("lora_b", lora_b)
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., K], got a 0-d tensor")
+    checks.check_ndim("weight", weight, 2, "[N, K]")
+    checks.check_ndim("lora_a", lora_a, 2, "[r, K]")
+    checks.check_ndim("lora_b", lora_b, 2, "[N, r]")
+    out_features, in_features = weight.shape
+    rank = lora_a.shape[0]
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have shape [..., {in_features}] to fit weight {list(weight.shape)}, "
+            f"got {list(x.shape)}"
+        )
+    if rank == 0:
+        raise ValueError("lora_a must have a rank of at least 1, got shape [0, K]")
+    if lora_a.shape[1] != in_features:
+        raise ValueError(
+            f"lora_a must have shape [r, {in_features}] to fit weight {list(weight.shape)}, "
+            f"got {list(lora_a.shape)}"
+        )
+    if lora_b.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_b must have shape [{out_features}, {rank}] to fit weight "
+            f"{list(weight.shape)} and lora_a {list(lora_a.shape)}, got {list(lora_b.shape)}"
+        )
+    if bias is not None:
+        checks.check_tensor("bias", bias)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    checks.check_same_device(named, x.device)
+    return checks.compute_dtype(x, named, exact=("weight",))
+
+
+def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str | None]:
+    bound = inspect.signature(lora_linear).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
+    dtype = _check(x, weight, lora_a, given["lora_b"], given["bias"])
+    checks.check_scale("scale", given["scale"])
+    checks.check_probability("dropout_p", given["dropout_p"])
+    backends.check_backend_name(given["backend"])
+    dropout = given["training"] and given["dropout_p"] > 0.0
+    spec = LoRASpec(
+        x.device, dtype, math.prod(x.shape[:-1]), *reversed(weight.shape), lora_a.shape[0], dropout
+    )
+    return LORA_LINEAR, spec, given["backend"]
+
+
+backends.explains(lora_linear, explain_call)
