@@ -120,6 +120,11 @@ def check_same_device(names_and_tensors: dict[str, Tensor | None], device: torch
             )
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Return whether autocast is on for a device type; never for one that has no autocast."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...]) -> torch.dtype:
     """Return the dtype to compute in: autocast's where it is on, else that of x.
 
@@ -130,10 +135,9 @@ def compute_dtype(x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, 
     Raises:
         TypeError: dtypes that cannot mix, with the way out.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    device_type, dtype = x.device.type, x.dtype
+    if autocast_enabled(device_type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
-    dtype = x.dtype
     for name, value in named.items():
         if value is None or value.dtype == dtype:
             continue

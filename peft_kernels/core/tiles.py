@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,44 +64,73 @@ class ReductionTile:
 
 
 # Keyed by family, then by shape class: "decode" is at most 16 tokens, "small" at most 256, "large"
-# the rest; "masked" is a large backward under dropout, whose epilogue needs registers for the mask.
+# the rest. A large backward is "backward", or "masked" under dropout, whose epilogue needs registers
+# for the mask.
+# "+" marks ranks above 16: their blocks of a, b and s need registers too.
 _WIDE = {
     "decode": LoRATile("recompute", 16, 64, 128, 4, 4),
+    "decode+": LoRATile("recompute", 16, 64, 64, 4, 4),
     "small": LoRATile("ticket", 64, 64, 64, 4, 4),
+    "small+": LoRATile("ticket", 64, 64, 64, 4, 4),
     "large": LoRATile("ticket", 128, 256, 64, 8, 3),
+    "large+": LoRATile("ticket", 128, 128, 64, 8, 4),
+    "backward": LoRATile("ticket", 128, 256, 64, 8, 3),
+    "backward+": LoRATile("ticket", 128, 128, 64, 8, 4),
     "masked": LoRATile("ticket", 128, 128, 64, 8, 3),
+    "masked+": LoRATile("ticket", 128, 128, 64, 8, 3),
+}
+_AMPERE = _WIDE | {
+    "decode": LoRATile("recompute", 16, 64, 64, 4, 4),
+    "large": LoRATile("ticket", 128, 128, 64, 8, 3),
+    "large+": LoRATile("ticket", 128, 128, 32, 8, 4),
+    "backward": LoRATile("ticket", 128, 128, 64, 8, 3),
+    "backward+": LoRATile("ticket", 128, 128, 32, 8, 4),
+    "masked": LoRATile("ticket", 128, 128, 32, 8, 4),
+    "masked+": LoRATile("ticket", 128, 128, 32, 8, 4),
+}
+# 99 KiB of shared memory.
+_COMPACT = _AMPERE | {
+    "decode": LoRATile("recompute", 16, 64, 64, 4, 3),
+    "decode+": LoRATile("recompute", 16, 64, 64, 4, 3),
+    "large": LoRATile("ticket", 128, 128, 32, 8, 3),
+    "large+": LoRATile("ticket", 128, 128, 32, 8, 3),
+    "backward": LoRATile("ticket", 128, 128, 32, 8, 3),
+    "backward+": LoRATile("ticket", 128, 128, 32, 8, 3),
+    "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
+    "masked+": LoRATile("ticket", 128, 128, 32, 8, 3),
+}
+_BLACKWELL = _WIDE | {
+    "large": LoRATile("ticket", 128, 256, 64, 8, 4),
+    "backward": LoRATile("ticket", 128, 128, 64, 8, 4),
 }
 _LORA_16BIT: dict[str, dict[str, LoRATile]] = {
-    "sm_80": {
-        **_WIDE,
-        "large": LoRATile("ticket", 128, 128, 64, 8, 3),
-        "masked": LoRATile("ticket", 128, 128, 32, 8, 4),
-    },
-    "sm_86": {
-        **_WIDE,
-        "decode": LoRATile("recompute", 16, 64, 128, 4, 3),
-        "large": LoRATile("ticket", 128, 128, 32, 8, 3),
-        "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
-    },
+    "sm_80": _AMPERE,
+    "sm_86": _COMPACT,
+    "sm_89": _COMPACT,
     "sm_90": _WIDE,
-    "sm_100": _WIDE,
+    "sm_100": _BLACKWELL,
+    "sm_120": _COMPACT,
 }
-_LORA_16BIT["sm_89"] = _LORA_16BIT["sm_120"] = _LORA_16BIT["sm_86"]
-
 # float32 with tf32 products. Exact float32 products belong to the GEMM library ("split").
 _LORA_TF32 = {
     "decode": LoRATile("recompute", 16, 64, 64, 4, 3),
+    "decode+": LoRATile("recompute", 16, 64, 32, 4, 3),
     "small": LoRATile("ticket", 64, 64, 32, 4, 3),
+    "small+": LoRATile("ticket", 64, 64, 32, 8, 3),
     "large": LoRATile("ticket", 128, 64, 32, 8, 3),
-    "masked": LoRATile("ticket", 64, 64, 32, 8, 3),
+    "large+": LoRATile("ticket", 128, 64, 32, 8, 3),
+    "backward": LoRATile("ticket", 128, 64, 32, 8, 3),
+    "backward+": LoRATile("ticket", 128, 64, 32, 8, 3),
+    "masked": LoRATile("ticket", 64, 64, 32, 4, 3),
+    "masked+": LoRATile("ticket", 64, 64, 32, 4, 3),
 }
 # What computes s alone, for "split" and for a backward that needs no dx.
 LOW_RANK_TILE = LoRATile("split", 64, 64, 64, 4, 3)
-LOW_RANK_TILE_32BIT = LoRATile("split", 32, 64, 64, 4, 3)
+LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
 _INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
 REDUCTION_TILE = ReductionTile(64, 64, 4, 3)
-REDUCTION_TILE_32BIT = ReductionTile(32, 64, 4, 3)
+REDUCTION_TILE_32BIT = ReductionTile(32, 64, 8, 3)
 REDUCTION_TILE_INTERPRETED = ReductionTile(32, 32, 4, 1)
 
 _forced: str | None = None
@@ -126,7 +155,7 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 def forced_variant(variant: str | None) -> Iterator[None]:
     """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
 
-    "recompute" is served by "ticket" where it cannot run: ranks above 64, and dropout in backward.
+    "recompute" is served by "ticket" where it cannot run: ranks above 32, and dropout in backward.
     """
     global _forced
     if variant is not None and variant not in VARIANTS:
@@ -140,12 +169,22 @@ def forced_variant(variant: str | None) -> Iterator[None]:
 
 def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
     if device.type != "cuda":
-        return dict.fromkeys(("decode", "small", "large", "masked"), _INTERPRETED)
+        return dict.fromkeys(_WIDE, _INTERPRETED)
     return _LORA_TF32 if dtype == torch.float32 else _LORA_16BIT[family(device)]
 
 
+def rank_block(rank: int) -> int:
+    """Return how many ranks a product takes at a time; wider blocks spill beside a large tile."""
+    return 16 if rank <= 16 else 32
+
+
+def reduction_rank_block(rank: int) -> int:
+    """Return how many ranks the gradient reduction takes at a time: each block rereads x and dY."""
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
+
+
 def lora_tile(
-    device: torch.device, dtype: torch.dtype, tokens: int, rank: int, masked: bool
+    device: torch.device, dtype: torch.dtype, tokens: int, rank: int, direction: str
 ) -> LoRATile:
     """Return how a LoRA product runs.
 
@@ -154,22 +193,23 @@ def lora_tile(
         dtype: float32, float16 or bfloat16.
         tokens: M.
         rank: r.
-        masked: dropout acts on the output (backward), not on the input (forward).
+        direction: "forward", "backward", or "masked" for a backward under dropout.
     """
     table = _table(device, dtype)
     shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
-    if masked and shape_class != "small":
-        shape_class = "masked"
-    tile = table[shape_class]
+    # The decode tile recomputes s, which a masked epilogue cannot.
+    if direction == "masked" and shape_class == "decode":
+        shape_class = "small"
+    if direction != "forward" and shape_class == "large":
+        shape_class = direction
+    tile = table[shape_class + ("+" if rank > 16 else "")]
     exact = dtype == torch.float32 and device.type == "cuda" and precision(dtype, device) == "ieee"
     variant = _forced or ("split" if exact else tile.variant)
-    if variant == "recompute" and (rank > 64 or masked):
+    if variant == "recompute" and (rank > 32 or direction == "masked"):
         variant = "ticket"
-    if variant == tile.variant:
-        return tile
-    return LoRATile(
-        variant, tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-    )
+    if variant == "ticket" and tile.variant == "recompute":
+        tile = table["small" + ("+" if rank > 16 else "")]
+    return tile if variant == tile.variant else replace(tile, variant=variant)
 
 
 def low_rank_tile(device: torch.device, dtype: torch.dtype) -> LoRATile:
@@ -196,8 +236,8 @@ def lora_plan(
     dropout: bool,
 ) -> str:
     """Return how forward and backward of a LoRA call run, for ``explain``."""
-    forward = lora_tile(device, dtype, tokens, rank, masked=False)
-    backward = lora_tile(device, dtype, tokens, rank, masked=dropout)
+    forward = lora_tile(device, dtype, tokens, rank, "forward")
+    backward = lora_tile(device, dtype, tokens, rank, "masked" if dropout else "backward")
     return f"forward {forward}; backward {backward}"
 
 

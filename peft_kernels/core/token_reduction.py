@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels.core import triton_runtime
+from peft_kernels.core import tiles, triton_runtime
 from peft_kernels.core.device import keep_mask, last_to_arrive
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.tiles import ReductionTile
@@ -182,7 +182,7 @@ def token_reduction(
     tokens, rank = first.low.shape
     tiles0 = triton.cdiv(first.v.shape[1], tile.block_c) if need0 else 0
     tiles1 = triton.cdiv(second.v.shape[1], tile.block_c) if need1 or colsum is not None else 0
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    block_r = tiles.reduction_rank_block(rank)
     # Where the second product is not wanted its rank blocks beyond the first have nothing to do.
     rank_blocks = triton.cdiv(rank, block_r) if need0 or need1 else 1
     splits = _splits(tokens, (tiles0 + tiles1) * rank_blocks, tile.block_m, device)

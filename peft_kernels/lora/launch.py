@@ -31,6 +31,7 @@ class _Operands:
     scale: float | Tensor
     dropout_p: float
     dropout: int
+    direction: str
 
     def low_rank(self) -> dict[str, object]:
         """Return what every kernel that computes s takes."""
@@ -49,7 +50,7 @@ class _Operands:
             "stride_ar": self.a.stride(0),
             "stride_ak": self.a.stride(1),
             "drop_threshold": drop_threshold(self.dropout_p) - 2**31,
-            "BLOCK_R": min(64, max(16, triton.next_power_of_2(self.a.shape[0]))),
+            "BLOCK_R": tiles.rank_block(self.a.shape[0]),
             "DROPOUT": self.dropout,
             "SCALE_IS_POINTER": isinstance(self.scale, Tensor),
             "PRECISION": tiles.precision(self.x.dtype, self.x.device),
@@ -70,7 +71,9 @@ def lora_forward(
 ) -> None:
     """Write y [M, N] and s [M, r] in one launch ("split": the library GEMM and two more)."""
     dropout = _NOWHERE if seed is None else _ON_INPUT
-    operands = _Operands(x, weight, lora_a, lora_b, bias, s, seed, scale, dropout_p, dropout)
+    operands = _Operands(
+        x, weight, lora_a, lora_b, bias, s, seed, scale, dropout_p, dropout, "forward"
+    )
     with torch.cuda.device_of(x):
         _product(operands, y)
 
@@ -96,10 +99,11 @@ def lora_backward(
         ds = s
         if dx is not None or da is not None:
             ds = torch.empty_like(s)
-            dropout = _NOWHERE if seed is None else _ON_OUTPUT
+            dropout, direction = (_NOWHERE, "backward") if seed is None else (_ON_OUTPUT, "masked")
             operands = _Operands(
-                dy, weight.t(), lora_b.t(), lora_a.t(), None, ds, seed, scale, dropout_p, dropout
-            )
+                dy, weight.t(), lora_b.t(), lora_a.t(), None, ds, seed, scale, dropout_p,
+                dropout, direction,
+            )  # fmt: skip
             if dx is None:
                 _low_rank(operands)
             else:
@@ -120,8 +124,7 @@ def lora_backward(
 def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
-    masked = operands.dropout == _ON_OUTPUT
-    tile = tiles.lora_tile(x.device, x.dtype, tokens, operands.a.shape[0], masked)
+    tile = tiles.lora_tile(x.device, x.dtype, tokens, operands.a.shape[0], operands.direction)
     if tile.variant == "split":
         _split(operands, y)
         return

@@ -145,7 +145,7 @@ def lora_linear(
     traced = torch.compiler.is_compiling()
     run_scale = torch.full((), factor, dtype=torch.float32, device=x.device) if traced else factor
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
-    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not checks.autocast_enabled(x.device.type):
         return LoRALinearFunction.apply(*arguments)
     with torch.autocast(x.device.type, enabled=False):
         return LoRALinearFunction.apply(*arguments)

@@ -1,0 +1,118 @@
+"""Compile a Triton kernel for a GPU that is not there, and read what came out of it."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Shared memory that one program may have, KiB.
+SHARED_LIMIT_KIB = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+}  # fmt: skip
+TMEM_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel needs and contains."""
+
+    registers: int
+    spills: int
+    matrix_instructions: int
+    async_copies: int
+    shared_kib: float
+    tmem_columns: int
+
+    def problems(self, family: str, *, pipelined: bool) -> list[str]:
+        """Return what would make this kernel wrong or slow on ``family``."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spill instructions")
+        if not self.matrix_instructions:
+            found.append("no tensor-core instruction")
+        if self.shared_kib > SHARED_LIMIT_KIB[family]:
+            found.append(f"{self.shared_kib:.0f} KiB of shared memory")
+        if self.tmem_columns > TMEM_COLUMNS:
+            found.append(f"{self.tmem_columns} TMEM columns")
+        if pipelined and not self.async_copies:
+            found.append("no asynchronous copy")
+        return found
+
+
+def compile_for(
+    kernel: Any,
+    family: str,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: frozenset[str],
+    num_warps: int,
+    num_stages: int,
+) -> Report:
+    """Compile ``kernel`` for ``family`` and disassemble it.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        family: "sm_80" and so on.
+        types: Triton type of each run-time argument, ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        constants: value of each constexpr, and of run-time arguments specialised to 1.
+        divisible: names of pointers (by bytes) and integers known to be divisible by 16.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in divisible and name not in constants
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes),
+        target=GPUTarget("cuda", int(family.removeprefix("sm_")), 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    sass = disassemble(compiled.asm["cubin"])
+    matrix = {"sm_90": r"HGMMA| HMMA", "sm_100": r"UTC\w*MMA| HMMA"}.get(family, r" HMMA")
+    return Report(
+        registers=_registers(compiled.asm["cubin"]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        matrix_instructions=len(re.findall(matrix, sass)),
+        async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
+        shared_kib=compiled.metadata.shared / 1024,
+        tmem_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+    )
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def _dump(cubin: bytes, flag: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [_cuobjdump(), flag, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def disassemble(cubin: bytes) -> str:
+    """Return the SASS of a cubin."""
+    return _dump(cubin, "-sass")
+
+
+def _registers(cubin: bytes) -> int:
+    return int(re.search(r"REG:(\d+)", _dump(cubin, "-res-usage"))[1])  # type: ignore[index]

@@ -1,0 +1,78 @@
+"""The argument types and constants of every LoRA launch, for the cross compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_kernels.core.tiles import LoRATile, ReductionTile, rank_block, reduction_rank_block
+
+_LOW_RANK = {
+    "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
+    "inverse_keep": "fp32", "M": "i32", "K": "i32", "R": "i32", "stride_xm": "i32",
+    "stride_ar": "i32", "stride_ak": "i32", "drop_threshold": "i32",
+}  # fmt: skip
+_PRODUCT = _LOW_RANK | {
+    "w_ptr": "*{t}", "b_ptr": "*{t}", "bias_ptr": "*{t}", "y_ptr": "*{t}",
+    "counters_ptr": "*i32", "N": "i32", "stride_wn": "i32", "stride_wk": "i32",
+    "stride_bn": "i32", "stride_br": "i32",
+}  # fmt: skip
+_REDUCTION = {
+    "v0_ptr": "*{t}", "low0_ptr": "*{t}", "out0_ptr": "*{t}", "v1_ptr": "*{t}",
+    "low1_ptr": "*{t}", "out1_ptr": "*{t}", "colsum_ptr": "*{t}", "part0_ptr": "*fp32",
+    "part1_ptr": "*fp32", "colsum_part_ptr": "*fp32", "counters_ptr": "*i32", "seed_ptr": "*i64",
+    "M": "i32", "C0": "i32", "C1": "i32", "R": "i32", "stride_v0m": "i32", "stride_v1m": "i32",
+    "stride_out0_c": "i32", "stride_out0_r": "i32", "stride_out1_c": "i32",
+    "stride_out1_r": "i32", "tiles0": "i32", "drop_threshold": "i32",
+}  # fmt: skip
+# Ranks and threshold are arbitrary numbers; everything else is aligned in the case that matters.
+_RAGGED = {"R", "drop_threshold", "M", "tiles0", "stride_ar", "stride_ak", "stride_bn", "stride_br"}
+_RAGGED |= {"stride_out0_c", "stride_out0_r", "stride_out1_c", "stride_out1_r"}
+
+
+def _typed(types: dict[str, str], dtype: str) -> dict[str, str]:
+    return {name: kind.format(t=dtype) for name, kind in types.items()}
+
+
+def product(
+    dtype: str, tile: LoRATile, rank: int, direction: str, dropout: int, ragged: bool = False
+) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of a ticket or recompute launch."""
+    types = _typed(_PRODUCT, dtype)
+    constants: dict[str, Any] = {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": not ragged,
+        "DROPOUT": dropout, "HAS_BIAS": direction == "forward", "SCALE_IS_POINTER": False,
+        "PRECISION": "tf32",
+    }  # fmt: skip
+    # The strides that are 1 in each direction: weight row-major, A and B contiguous.
+    unit = ("stride_wk", "stride_ak", "stride_br")
+    if direction == "backward":
+        unit = ("stride_wn", "stride_ar", "stride_bn")
+    constants |= dict.fromkeys(unit, 1)
+    loose = _RAGGED | ({"K", "N", "stride_xm", "stride_wn", "stride_wk"} if ragged else set())
+    return types, constants, frozenset(set(types) - loose - {"scale", "inverse_keep"})
+
+
+def low_rank(
+    dtype: str, tile: LoRATile, rank: int, dropout: int
+) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of the launch that computes s alone."""
+    types = _typed(_LOW_RANK, dtype)
+    constants = {
+        "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": rank_block(rank),
+        "DROPOUT": dropout, "SCALE_IS_POINTER": False, "PRECISION": "tf32", "stride_ak": 1,
+    }  # fmt: skip
+    return types, constants, frozenset(set(types) - _RAGGED - {"scale", "inverse_keep"})
+
+
+def reduction(
+    dtype: str, tile: ReductionTile, rank: int, dropout: bool, splits: int
+) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of the token-split gradient reduction."""
+    types = _typed(_REDUCTION, dtype)
+    constants = {
+        "SPLITS": splits, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c,
+        "BLOCK_R": reduction_rank_block(rank), "DROPOUT": dropout, "PRODUCT1": True, "COLSUM": True,
+        "PRECISION": "tf32", "stride_out0_c": 1, "stride_out1_r": 1,
+    }  # fmt: skip
+    return types, constants, frozenset(set(types) - _RAGGED)
