@@ -1,0 +1,58 @@
+# make demo, make test: each first makes $(VENV), installs into it and builds _C, when needed.
+
+PYTHON_GIVEN := $(filter command environment override,$(firstword $(origin PYTHON)))
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints-dev.txt
+JOBS ?= 2
+
+TOOLS := $(VENV)/.tools
+READY := $(VENV)/.ready
+SOURCES := setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench gpu-report clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(READY) ## train on real digits, eager against fused; writes out/demo/
+	$(BIN)/python -m peft_kernels demo $(ARGS)
+
+test: $(READY) ## run the tests (ARGS="-k lora" selects)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(READY) ## measure, against eager, factored and frozen; appends to bench/results/
+	$(BIN)/python -m peft_kernels bench $(ARGS)
+
+# With PYTHON given, that interpreter as it is: no .venv, no network.
+gpu-report: $(if $(PYTHON_GIVEN),,$(READY)) ## build, test and time on an NVIDIA GPU (DRY_RUN=1: without)
+	$(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) bench/gpu_report.py $(ARGS)
+
+clean: ## remove what the other targets wrote, except .venv
+	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f peft_kernels/*.so $(READY)
+	find peft_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# torch comes first and pinned: what follows builds against it, and must not bring another.
+$(TOOLS): pyproject.toml constraints-dev.txt setup.py
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "development needs Python 3.11 or later (make PYTHON=python3.11 ...), this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) setuptools wheel ninja pybind11
+	@touch $@
+
+$(READY): $(TOOLS) $(SOURCES)
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@

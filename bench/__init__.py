@@ -1,0 +1,1 @@
+"""Benchmarks of peft_kernels: cases, baselines, numerics gate, timers, reports."""

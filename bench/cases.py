@@ -1,0 +1,119 @@
+"""The named cases that are measured, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CPU, GPU, HOST, MEMORY, DRY = "cpu", "gpu", "host", "memory", "dry"
+
+
+@dataclass(frozen=True)
+class LoRACase:
+    """One LoRA linear: x [tokens, in_features] to y [tokens, out_features].
+
+    Attributes:
+        name: unique; what tables, JSON and pytest ids show.
+        suite: "cpu", "gpu", "host" (time per call where the arithmetic is nothing), "memory"
+            (bytes saved for backward) or "dry" (the GPU report walked without a GPU).
+        dtype: of every tensor, as torch spells it.
+        dropout_p: drop probability on the input of A.
+        bias: whether the base layer has one.
+        reported: one of the cases that ``make gpu-report`` times.
+    """
+
+    name: str
+    suite: str
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int = 16
+    dropout_p: float = 0.0
+    dtype: str = "bfloat16"
+    bias: bool = False
+    reported: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+def _cpu_cases() -> list[LoRACase]:
+    shapes = ((2048, 2048, 2048), (1024, 4096, 4096))
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    return [
+        LoRACase(f"{m}x{k}x{n} {short[dtype]} p{p:g}", CPU, m, k, n, 16, p, dtype)
+        for m, k, n in shapes
+        for dtype in short
+        for p in (0.0, 0.1)
+    ]
+
+
+# Model, projection, in_features, out_features, bias of the base layer.
+_PROJECTIONS = (
+    ("llama3-8b", "q", 4096, 4096, False),
+    ("llama3-8b", "kv", 4096, 1024, False),
+    ("llama3-8b", "gate", 4096, 14336, False),
+    ("llama3-8b", "down", 14336, 4096, False),
+    ("llama3-70b", "q", 8192, 8192, False),
+    ("llama3-70b", "kv", 8192, 1024, False),
+    ("llama3-70b", "gate", 8192, 28672, False),
+    ("llama3-70b", "down", 28672, 8192, False),
+    ("qwen2.5-7b", "q", 3584, 3584, True),
+    ("qwen2.5-7b", "kv", 3584, 512, True),
+    ("qwen2.5-7b", "gate", 3584, 18944, False),
+    ("qwen2.5-7b", "down", 18944, 3584, False),
+)
+_TOKENS = (1, 16, 256, 2048, 4096, 8192, 16384)
+_RANKS = (4, 8, 64, 128, 256)
+
+# Projection, tokens, rank, dropout: square and skewed, decode to 8192 tokens, rank 8 to 256.
+_REPORTED = {
+    ("llama3-8b.q", 8192, 16, 0.0),
+    ("llama3-8b.q", 8192, 16, 0.1),
+    ("llama3-8b.gate", 4096, 16, 0.1),
+    ("llama3-8b.down", 4096, 64, 0.0),
+    ("llama3-8b.kv", 2048, 8, 0.0),
+    ("qwen2.5-7b.q", 2048, 16, 0.1),
+    ("llama3-70b.q", 4096, 256, 0.0),
+    ("llama3-8b.q", 16, 16, 0.0),
+}
+
+
+def _gpu_cases() -> list[LoRACase]:
+    cases = []
+    for model, projection, k, n, bias in _PROJECTIONS:
+        place = f"{model}.{projection}"
+        grid = [(tokens, 16) for tokens in _TOKENS]
+        if model == "llama3-8b" or place == "llama3-70b.q":
+            grid += [(tokens, rank) for tokens in (2048, 4096, 8192) for rank in _RANKS]
+        for tokens, rank in grid:
+            for p in (0.0, 0.1):
+                cases.append(
+                    LoRACase(
+                        f"{place} M{tokens} r{rank} p{p:g}",
+                        GPU, tokens, k, n, rank, p, "bfloat16", bias,
+                        (place, tokens, rank, p) in _REPORTED,
+                    )
+                )  # fmt: skip
+    return cases
+
+
+HOST_CASES = (
+    LoRACase("host 1x64x64 fp32 p0", HOST, 1, 64, 64, 8, 0.0, "float32"),
+    LoRACase("host 1x64x64 fp32 p0.1", HOST, 1, 64, 64, 8, 0.1, "float32"),
+)
+MEMORY_CASE = LoRACase("saved 8192x4096x4096 bf16 p0.1", MEMORY, 8192, 4096, 4096, 16, 0.1)
+# float32, because Triton's interpreter computes bfloat16 wrongly.
+DRY_CASES = (
+    LoRACase("dry 48x64x80 r8 p0", DRY, 48, 64, 80, 8, 0.0, "float32", True, True),
+    LoRACase("dry 33x40x56 r5 p0.1", DRY, 33, 40, 56, 5, 0.1, "float32", False, True),
+)
+CPU_CASES = tuple(_cpu_cases())
+GPU_CASES = tuple(_gpu_cases())
+REPORT_CASES = tuple(case for case in GPU_CASES if case.reported)
+ALL_CASES = (*CPU_CASES, *HOST_CASES, MEMORY_CASE, *GPU_CASES, *DRY_CASES)

@@ -1,0 +1,136 @@
+// The three products of a low-rank factor with a block of rows, and the block itself.
+//
+// A block is kRows rows by kDepth columns of an activation, widened to float32 (and masked by
+// dropout) once, then used for every product while it lies in the first-level cache:
+//
+//   project   S[m, j]  += sum_k V[m, k] P[k, j]     (s = x A^T, ds = dy B)
+//   gradient  G[k, j]  += sum_m V[m, k] L[m, j]     (dA = x^T ds, dB = dy^T s)
+//   expand    Y[m, n]   = sum_j S[m, j] Q[j, n]     (s B^T, ds A)
+//
+// Ranks are padded to kLanes, so that one vector holds sixteen of them.
+#pragma once
+
+#include <algorithm>
+
+#include "philox.h"
+#include "vec.h"
+
+namespace pk {
+
+constexpr int64_t kRows = 32;
+constexpr int64_t kDepth = 256;
+constexpr int64_t kStrip = 8;
+
+// V[kRows, kDepth] = rows x columns of x, zero beyond `rows` and `depth`.
+template <typename T>
+PK_INLINE void widen(const T* x, int64_t stride, int64_t rows, int64_t depth, float* v) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const T* in = x + m * stride;
+    float* out = v + m * kDepth;
+    for (int64_t k = 0; k < depth; ++k) out[k] = to_float(in[k]);
+    for (int64_t k = depth; k < kDepth; ++k) out[k] = 0.0f;
+  }
+  std::fill(v + rows * kDepth, v + kRows * kDepth, 0.0f);
+}
+
+// Zero the dropped elements of V; keep[m, k] holds all ones or zero.
+PK_INLINE void apply_mask(const uint32_t* keep, int64_t keep_stride, int64_t rows, float* v) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const uint32_t* mask = keep + m * keep_stride;
+    float* out = v + m * kDepth;
+    for (int64_t k = 0; k < kDepth; ++k) {
+      uint32_t bits;
+      std::memcpy(&bits, out + k, sizeof(bits));
+      bits &= mask[k];
+      std::memcpy(out + k, &bits, sizeof(bits));
+    }
+  }
+}
+
+// S[kRows, ranks] += V P, P being [depth, ranks] (ranks a multiple of kLanes).
+PK_INLINE void project(const float* v, const float* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
+  for (int64_t m = 0; m < rows; m += kStrip) {
+    for (int64_t j = 0; j < ranks; j += kLanes) {
+      vf acc[kStrip];
+      for (int64_t i = 0; i < kStrip; ++i) acc[i] = load(s + (m + i) * ranks + j);
+      const float* column = v + m * kDepth;
+      for (int64_t k = 0; k < depth; ++k) {
+        const vf weights = load(p + k * ranks + j);
+        for (int64_t i = 0; i < kStrip; ++i) acc[i] += broadcast(column[i * kDepth + k]) * weights;
+      }
+      for (int64_t i = 0; i < kStrip; ++i) store(s + (m + i) * ranks + j, acc[i]);
+    }
+  }
+}
+
+// G[depth rounded up to kStrip, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`.
+PK_INLINE void gradient(const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
+  for (int64_t k = 0; k < depth; k += kStrip) {
+    for (int64_t j = 0; j < ranks; j += kLanes) {
+      vf acc[kStrip];
+      for (int64_t i = 0; i < kStrip; ++i) acc[i] = load(g + (k + i) * ranks + j);
+      for (int64_t m = 0; m < rows; ++m) {
+        const vf factor = load(l + m * ranks + j);
+        const float* row = v + m * kDepth + k;
+        for (int64_t i = 0; i < kStrip; ++i) acc[i] += broadcast(row[i]) * factor;
+      }
+      for (int64_t i = 0; i < kStrip; ++i) store(g + (k + i) * ranks + j, acc[i]);
+    }
+  }
+}
+
+template <typename T>
+PK_INLINE void store_row(const float* from, int64_t count, T* to) {
+  for (int64_t n = 0; n < count; ++n) from_float(from[n], to + n);
+}
+
+// Y[rows, columns] = S Q + bias under an optional mask. Q is [ranks, q_stride] and bias [q_stride],
+// q_stride a multiple of 2 * kLanes, zero beyond `columns`; S has row stride s_stride.
+template <typename T>
+PK_INLINE void expand(
+    const float* s, int64_t s_stride, const float* q, int64_t q_stride, const float* bias,
+    const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
+    T* y, int64_t y_stride) {
+  constexpr int64_t kWide = 2 * kLanes;
+  for (int64_t n = 0; n < columns; n += kWide) {
+    const int64_t count = std::min(kWide, columns - n);
+    for (int64_t m = 0; m < rows; m += kStrip) {
+      vf low[kStrip], high[kStrip];
+      for (int64_t i = 0; i < kStrip; ++i) {
+        low[i] = bias ? load(bias + n) : vf{};
+        high[i] = bias ? load(bias + n + kLanes) : vf{};
+      }
+      for (int64_t j = 0; j < ranks; ++j) {
+        const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
+        for (int64_t i = 0; i < kStrip; ++i) {
+          const vf factor = broadcast(s[(m + i) * s_stride + j]);
+          low[i] += factor * first;
+          high[i] += factor * second;
+        }
+      }
+      const int64_t valid = std::min(kStrip, rows - m);
+      for (int64_t i = 0; i < valid; ++i) {
+        float line[kWide];
+        store(line, low[i]);
+        store(line + kLanes, high[i]);
+        if (keep) {
+          const uint32_t* mask = keep + (m + i) * keep_stride + n;
+          for (int64_t c = 0; c < kWide; ++c) {
+            uint32_t bits;
+            std::memcpy(&bits, line + c, sizeof(bits));
+            bits &= mask[c];
+            std::memcpy(line + c, &bits, sizeof(bits));
+          }
+        }
+        T* out = y + (m + i) * y_stride + n;
+        if (count == kWide) {
+          store_row(line, kWide, out);
+        } else {
+          store_row(line, count, out);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pk

@@ -1,0 +1,186 @@
+// The module `_C`: the CPU ops as torch ops (stable ABI), the same functions on raw pointers for the
+// eager path (a dispatcher hop costs more than a small layer), and what this build is.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/lora.h"
+
+namespace {
+
+namespace py = pybind11;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+pk::Type type_of(const Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? pk::Type::kBFloat16
+                                                                         : pk::Type::kFloat32;
+}
+
+void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+uint64_t seed_of(const OptionalTensor& seed) {
+  return seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())) : 0;
+}
+
+// y += a b by the GEMM library.
+void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+void cpu_lora_forward(
+    Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, OptionalTensor bias, OptionalTensor seed,
+    double factor, int64_t threshold, Tensor y, Tensor s) {
+  pk::lora_forward(pk::LoRAForward{
+      .type = type_of(x),
+      .tokens = x.size(0),
+      .in_features = x.size(1),
+      .out_features = weight.size(0),
+      .rank = lora_a.size(0),
+      .x = {x.data_ptr(), x.stride(0)},
+      .lora_a = lora_a.data_ptr(),
+      .lora_b = lora_b.data_ptr(),
+      .bias = data_of(bias),
+      .weight = nullptr,
+      .factor = static_cast<float>(factor),
+      .dropout = seed.has_value(),
+      .seed = seed_of(seed),
+      .threshold = static_cast<uint32_t>(threshold),
+      .y = y.data_ptr(),
+      .s = s.data_ptr(),
+  });
+  add_product(y, x, torch::stable::transpose(weight, 0, 1));
+}
+
+void cpu_lora_backward(
+    Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor lora_a, Tensor lora_b, OptionalTensor seed,
+    double factor, int64_t threshold, OptionalTensor dx, OptionalTensor da, OptionalTensor db,
+    OptionalTensor dbias) {
+  pk::lora_backward(pk::LoRABackward{
+      .type = type_of(x),
+      .tokens = x.size(0),
+      .in_features = x.size(1),
+      .out_features = weight.size(0),
+      .rank = lora_a.size(0),
+      .dy = {dy.data_ptr(), dy.stride(0)},
+      .x = {x.data_ptr(), x.stride(0)},
+      .s = s.data_ptr(),
+      .lora_a = lora_a.data_ptr(),
+      .lora_b = lora_b.data_ptr(),
+      .factor = static_cast<float>(factor),
+      .dropout = seed.has_value(),
+      .seed = seed_of(seed),
+      .threshold = static_cast<uint32_t>(threshold),
+      .dx = data_of(dx),
+      .da = data_of(da),
+      .db = data_of(db),
+      .dbias = data_of(dbias),
+      .da_type = da ? type_of(*da) : pk::Type::kFloat32,
+      .db_type = db ? type_of(*db) : pk::Type::kFloat32,
+      .dbias_type = dbias ? type_of(*dbias) : pk::Type::kFloat32,
+  });
+  if (dx) add_product(*dx, dy, weight);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+  m.def(
+      "cpu_lora_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "Tensor? seed, float factor, int threshold, Tensor(a!) y, Tensor(b!) s) -> ()");
+  m.def(
+      "cpu_lora_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor lora_a, "
+      "Tensor lora_b, Tensor? seed, float factor, int threshold, Tensor(a!)? dx, Tensor(b!)? da, "
+      "Tensor(c!)? db, Tensor(d!)? dbias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+  m.impl("cpu_lora_forward", TORCH_BOX(&cpu_lora_forward));
+  m.impl("cpu_lora_backward", TORCH_BOX(&cpu_lora_backward));
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+pk::Type type(bool bfloat16) { return bfloat16 ? pk::Type::kBFloat16 : pk::Type::kFloat32; }
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PEFT_KERNELS_VERSION;
+  info["torch"] = PEFT_KERNELS_BUILT_WITH_TORCH;
+  info["cuda"] = py::none();
+  info["cuda_archs"] = py::list();
+  info["compiler"] = std::string("g++ ") + __VERSION__;
+  info["cpu"] = pk::vector_level();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of peft_kernels";
+  m.def("build_info", &build_info, "What this module was built with.");
+  m.def(
+      "lora_forward",
+      [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,
+         uintptr_t x, int64_t x_stride, uintptr_t lora_a, uintptr_t lora_b, uintptr_t bias,
+         uintptr_t weight, float factor, uintptr_t seed, uint32_t threshold, uintptr_t y,
+         uintptr_t s) {
+        py::gil_scoped_release release;
+        pk::lora_forward(pk::LoRAForward{
+            .type = type(bfloat16),
+            .tokens = tokens,
+            .in_features = in_features,
+            .out_features = out_features,
+            .rank = rank,
+            .x = {pointer(x), x_stride},
+            .lora_a = pointer(lora_a),
+            .lora_b = pointer(lora_b),
+            .bias = pointer(bias),
+            .weight = pointer(weight),
+            .factor = factor,
+            .dropout = seed != 0,
+            .seed = seed ? *static_cast<const uint64_t*>(pointer(seed)) : 0,
+            .threshold = threshold,
+            .y = pointer(y),
+            .s = pointer(s),
+        });
+      },
+      "The low-rank part of lora_linear on raw pointers; see csrc/cpu/lora.h.");
+  m.def(
+      "lora_backward",
+      [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,
+         uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
+         uintptr_t lora_a, uintptr_t lora_b, float factor, uintptr_t seed, uint32_t threshold,
+         uintptr_t dx, uintptr_t da, bool da_bfloat16, uintptr_t db, bool db_bfloat16,
+         uintptr_t dbias, bool dbias_bfloat16) {
+        py::gil_scoped_release release;
+        pk::lora_backward(pk::LoRABackward{
+            .type = type(bfloat16),
+            .tokens = tokens,
+            .in_features = in_features,
+            .out_features = out_features,
+            .rank = rank,
+            .dy = {pointer(dy), dy_stride},
+            .x = {pointer(x), x_stride},
+            .s = pointer(s),
+            .lora_a = pointer(lora_a),
+            .lora_b = pointer(lora_b),
+            .factor = factor,
+            .dropout = seed != 0,
+            .seed = seed ? *static_cast<const uint64_t*>(pointer(seed)) : 0,
+            .threshold = threshold,
+            .dx = pointer(dx),
+            .da = pointer(da),
+            .db = pointer(db),
+            .dbias = pointer(dbias),
+            .da_type = type(da_bfloat16),
+            .db_type = type(db_bfloat16),
+            .dbias_type = type(dbias_bfloat16),
+        });
+      },
+      "The low-rank gradients of lora_linear on raw pointers; see csrc/cpu/lora.h.");
+}

@@ -1,0 +1,59 @@
+"""The compiled module ``_C``: loaded when first asked for, refused when it does not fit."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from peft_kernels.version import __version__
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peft_kernels"
+_IN_TREE = "in a source tree: python setup.py build_ext --inplace"
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str | None]:
+    """Return the module, or the reason against it."""
+    try:
+        from peft_kernels import _C  # type: ignore[attr-defined]
+    except ModuleNotFoundError:
+        return None, (
+            "the C++ extension is not built (a pure-Python install): install a compiler, torch, "
+            f"ninja and pybind11, then {_REBUILD} ({_IN_TREE})"
+        )
+    except ImportError as error:
+        return None, f"the C++ extension does not load ({error}): {_REBUILD} ({_IN_TREE})"
+    built = _C.build_info()["version"]
+    if built != __version__:
+        return None, (
+            f"the C++ extension is of version {built}, the package of {__version__}: {_REBUILD} "
+            f"({_IN_TREE})"
+        )
+    return _C, None
+
+
+def why_not() -> str | None:
+    """Return the reason why ``_C`` cannot be used, or None."""
+    return _import()[1]
+
+
+def load() -> ModuleType:
+    """Return ``_C``.
+
+    Raises:
+        ImportError: it cannot be used, with the reason and the way out.
+    """
+    module, reason = _import()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def build_info() -> dict[str, Any] | None:
+    """Return what ``_C`` was built with, or None where there is none.
+
+    Keys: version, torch, cuda (None), cuda_archs, compiler, cpu (the vector level that runs here).
+    """
+    module, _ = _import()
+    return None if module is None else module.build_info()

@@ -1,0 +1,99 @@
+"""Launchers of the C++ CPU backend: the low-rank part in ``_C``, the base product by the library.
+
+``_C`` writes ``bias + s Bᵀ`` (and ``mask * (ds A)`` in backward) first and the GEMM adds its product
+with beta = 1, so that the low-rank part makes no pass over y of its own. Products too small for a
+GEMM call are made in ``_C`` altogether.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_kernels.core import extension
+from peft_kernels.core.rng import drop_threshold
+
+# Multiply-adds of x Wᵀ up to which calling the GEMM library costs more than the product.
+_SMALL_PRODUCT = 1 << 15
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Return the reason against this backend for a dtype, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"serves float32 and bfloat16: cast {str(dtype).removeprefix('torch.')} to one"
+    return extension.why_not()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    y: Tensor,
+    s: Tensor,
+) -> None:
+    """Write y [M, N] and s [M, r]."""
+    (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
+    whole = tokens * in_features * out_features <= _SMALL_PRODUCT and weight.is_contiguous()
+    extension.load().lora_forward(
+        x.dtype == torch.bfloat16, tokens, in_features, out_features, rank,
+        x.data_ptr(), x.stride(0), lora_a.data_ptr(), lora_b.data_ptr(), _pointer(bias),
+        weight.data_ptr() if whole else 0, float(scale) / (1.0 - dropout_p),
+        _pointer(seed), drop_threshold(dropout_p), y.data_ptr(), s.data_ptr(),
+    )  # fmt: skip
+    if not whole:
+        y.addmm_(x, weight.t())
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    dbias: Tensor | None,
+    dweight: Tensor | None,
+) -> None:
+    """Write the gradients that are not None."""
+    half = torch.bfloat16
+    (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
+    wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]
+    a, b, c = wanted
+    extension.load().lora_backward(
+        x.dtype == half, tokens, in_features, out_features, rank,
+        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), s.data_ptr(),
+        lora_a.data_ptr(), lora_b.data_ptr(), float(scale) / (1.0 - dropout_p),
+        _pointer(seed), drop_threshold(dropout_p), _pointer(dx),
+        _pointer(a), a is not None and a.dtype == half,
+        _pointer(b), b is not None and b.dtype == half,
+        _pointer(c), c is not None and c.dtype == half,
+    )  # fmt: skip
+    for gradient, served in zip((da, db, dbias), wanted, strict=True):
+        if gradient is not None and served is not None and served is not gradient:
+            gradient.copy_(served)
+    if dx is not None:
+        dx.addmm_(dy, weight)
+    if dweight is not None:
+        torch.mm(dy.t(), x, out=dweight)
+
+
+def _as_served(gradient: Tensor) -> Tensor:
+    """Return a gradient that ``_C`` can write: float64 and float16 parameters get a float32 one."""
+    if gradient.dtype in (torch.float32, torch.bfloat16):
+        return gradient
+    return torch.empty_like(gradient, dtype=torch.float32)

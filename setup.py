@@ -1,0 +1,79 @@
+"""Build of the compiled extension; everything else is in pyproject.toml.
+
+PEFT_KERNELS_BUILD chooses what is compiled:
+    auto  what this machine can build (the default): `_C` when torch can be imported, else nothing
+    none  nothing: a pure-Python wheel
+    cpu   `_C`, and an error where it cannot be built
+    cuda  `_C` and the CUDA library; this version has no CUDA sources yet, so it is an error
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CHOICES = ("auto", "none", "cpu", "cuda")
+HOW = "pip install torch ninja pybind11, then pip install --no-build-isolation ."
+
+
+def extension() -> dict[str, Any]:
+    """Return what setup() needs to build `_C`, or nothing for a pure-Python wheel."""
+    choice = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
+    if choice not in CHOICES:
+        raise SystemExit(
+            f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}"
+        )
+    if choice == "cuda":
+        raise SystemExit(
+            "PEFT_KERNELS_BUILD=cuda: this version has no CUDA sources; Triton serves the GPU. "
+            "Use auto or cpu"
+        )
+    if choice == "none":
+        return say("PEFT_KERNELS_BUILD=none: a pure-Python wheel, without compiled kernels")
+    try:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except Exception as error:  # A broken torch raises anything.
+        if choice == "cpu":
+            raise SystemExit(f"PEFT_KERNELS_BUILD=cpu: {error}. {HOW}") from error
+        return say(f"no compiled kernels ({error}): a pure-Python wheel. To compile: {HOW}")
+    say("compiling the CPU kernels; this version has no CUDA sources, Triton serves the GPU")
+    module = CppExtension(
+        "peft_kernels._C",
+        ["csrc/registration.cpp", "csrc/cpu/lora.cpp"],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        depends=[str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.h")],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-fvisibility=hidden",
+            "-Wno-psabi",
+            # The oldest torch whose stable ABI this build uses: it runs on that and every later one.
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            f'-DPEFT_KERNELS_VERSION="{version()}"',
+            f'-DPEFT_KERNELS_BUILT_WITH_TORCH="{torch.__version__}"',
+        ],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def version() -> str:
+    """Return the package's version without importing the package."""
+    text = (ROOT / "peft_kernels" / "version.py").read_text()
+    return re.search(r'__version__ = "(.+)"', text)[1]  # type: ignore[index]
+
+
+def say(text: str) -> dict[str, Any]:
+    """Tell the user what is built, and return nothing to build."""
+    print(f"peft_kernels: {text}", file=sys.stderr)
+    return {}
+
+
+setup(**extension())
