@@ -213,10 +213,21 @@ void write(float value, void* to, int64_t index, Type type) {
   }
 }
 
-float sum_of_parts(const float* parts, int64_t chunks, int64_t size, int64_t index) {
-  float sum = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[chunk * size + index];
-  return sum;
+// Elements [begin, end) of the first part become the sum over all parts, in order.
+PK_CLONES void add_parts(float* parts, int64_t chunks, int64_t size, int64_t begin, int64_t end) {
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    const float* part = parts + chunk * size;
+    for (int64_t i = begin; i < end; ++i) parts[i] += part[i];
+  }
+}
+
+void sum_parts(float* parts, int64_t chunks, int64_t size) {
+  constexpr int64_t kPiece = 4096;  // its sum stays in the first-level cache
+  if (chunks == 1 || size == 0) return;
+  torch::stable::parallel_for(0, (size + kPiece - 1) / kPiece, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece)
+      add_parts(parts, chunks, size, piece * kPiece, std::min(size, (piece + 1) * kPiece));
+  });
 }
 
 template <typename T>
@@ -263,17 +274,17 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan&, i
         0, plan.chunks, 1, [&](int64_t begin, int64_t end) { chunks(plan, begin, end); });
   }
 
+  sum_parts(plan.da, plan.chunks, plan.da_rows * ranks);
+  sum_parts(plan.db, plan.chunks, plan.db_rows * ranks);
+  sum_parts(plan.dbias, plan.chunks, call.dbias ? call.out_features : 0);
   for (int64_t j = 0; call.da && j < call.rank; ++j)
     for (int64_t k = 0; k < call.in_features; ++k)
-      write(sum_of_parts(da.data(), plan.chunks, plan.da_rows * ranks, k * ranks + j), call.da,
-            j * call.in_features + k, call.da_type);
+      write(da[k * ranks + j], call.da, j * call.in_features + k, call.da_type);
   for (int64_t n = 0; call.db && n < call.out_features; ++n)
     for (int64_t j = 0; j < call.rank; ++j)
-      write(sum_of_parts(db.data(), plan.chunks, plan.db_rows * ranks, n * ranks + j), call.db,
-            n * call.rank + j, call.db_type);
+      write(db[n * ranks + j], call.db, n * call.rank + j, call.db_type);
   for (int64_t n = 0; call.dbias && n < call.out_features; ++n)
-    write(sum_of_parts(dbias.data(), plan.chunks, call.out_features, n), call.dbias, n,
-          call.dbias_type);
+    write(dbias[n], call.dbias, n, call.dbias_type);
 }
 
 }  // namespace

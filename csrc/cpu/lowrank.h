@@ -7,7 +7,8 @@
 //   gradient  G[k, j]  += sum_m V[m, k] L[m, j]     (dA = x^T ds, dB = dy^T s)
 //   expand    Y[m, n]   = sum_j S[m, j] Q[j, n]     (s B^T, ds A)
 //
-// Ranks are padded to kLanes, so that one vector holds sixteen of them.
+// Ranks are padded to kLanes, so that one vector holds sixteen of them. A sum is made in blocks, each
+// from zero and then added: shorter chains of float32 additions than one running sum.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +18,12 @@
 
 namespace pk {
 
-constexpr int64_t kRows = 32;
-constexpr int64_t kDepth = 256;
+constexpr int64_t kRows = 16;
+constexpr int64_t kDepth = 128;
 constexpr int64_t kStrip = 8;
+constexpr int64_t kRankBlock = 64;
+
+PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
 // V[kRows, kDepth] = rows x columns of x, zero beyond `rows` and `depth`.
 template <typename T>
@@ -51,14 +55,13 @@ PK_INLINE void apply_mask(const uint32_t* keep, int64_t keep_stride, int64_t row
 PK_INLINE void project(const float* v, const float* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
   for (int64_t m = 0; m < rows; m += kStrip) {
     for (int64_t j = 0; j < ranks; j += kLanes) {
-      vf acc[kStrip];
-      for (int64_t i = 0; i < kStrip; ++i) acc[i] = load(s + (m + i) * ranks + j);
+      vf acc[kStrip] = {};
       const float* column = v + m * kDepth;
       for (int64_t k = 0; k < depth; ++k) {
         const vf weights = load(p + k * ranks + j);
-        for (int64_t i = 0; i < kStrip; ++i) acc[i] += broadcast(column[i * kDepth + k]) * weights;
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += column[i * kDepth + k] * weights;
       }
-      for (int64_t i = 0; i < kStrip; ++i) store(s + (m + i) * ranks + j, acc[i]);
+      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(s + (m + i) * ranks + j, acc[i]);
     }
   }
 }
@@ -67,14 +70,13 @@ PK_INLINE void project(const float* v, const float* p, int64_t rows, int64_t dep
 PK_INLINE void gradient(const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
   for (int64_t k = 0; k < depth; k += kStrip) {
     for (int64_t j = 0; j < ranks; j += kLanes) {
-      vf acc[kStrip];
-      for (int64_t i = 0; i < kStrip; ++i) acc[i] = load(g + (k + i) * ranks + j);
+      vf acc[kStrip] = {};
       for (int64_t m = 0; m < rows; ++m) {
         const vf factor = load(l + m * ranks + j);
         const float* row = v + m * kDepth + k;
-        for (int64_t i = 0; i < kStrip; ++i) acc[i] += broadcast(row[i]) * factor;
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += row[i] * factor;
       }
-      for (int64_t i = 0; i < kStrip; ++i) store(g + (k + i) * ranks + j, acc[i]);
+      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(g + (k + i) * ranks + j, acc[i]);
     }
   }
 }
@@ -95,24 +97,33 @@ PK_INLINE void expand(
   for (int64_t n = 0; n < columns; n += kWide) {
     const int64_t count = std::min(kWide, columns - n);
     for (int64_t m = 0; m < rows; m += kStrip) {
-      vf low[kStrip], high[kStrip];
-      for (int64_t i = 0; i < kStrip; ++i) {
-        low[i] = bias ? load(bias + n) : vf{};
-        high[i] = bias ? load(bias + n + kLanes) : vf{};
-      }
-      for (int64_t j = 0; j < ranks; ++j) {
-        const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
-        for (int64_t i = 0; i < kStrip; ++i) {
-          const vf factor = broadcast(s[(m + i) * s_stride + j]);
-          low[i] += factor * first;
-          high[i] += factor * second;
+      float tile[kStrip * kWide];
+      for (int64_t j0 = 0; j0 < ranks; j0 += kRankBlock) {
+        vf low[kStrip] = {}, high[kStrip] = {};
+        const int64_t j1 = std::min(ranks, j0 + kRankBlock);
+        for (int64_t j = j0; j < j1; ++j) {
+          const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
+          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+            const float factor = s[(m + i) * s_stride + j];
+            low[i] += factor * first;
+            high[i] += factor * second;
+          }
+        }
+        // What the sum so far is: of the first block the bias, of the others the tile.
+        const float* before = j0 ? tile : bias;
+        const int64_t stride = j0 ? kWide : 0, start = j0 ? 0 : n;
+        PK_UNROLL for (int64_t i = 0; before && i < kStrip; ++i) {
+          low[i] += load(before + start + i * stride);
+          high[i] += load(before + start + i * stride + kLanes);
+        }
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+          store(tile + i * kWide, low[i]);
+          store(tile + i * kWide + kLanes, high[i]);
         }
       }
       const int64_t valid = std::min(kStrip, rows - m);
       for (int64_t i = 0; i < valid; ++i) {
-        float line[kWide];
-        store(line, low[i]);
-        store(line + kLanes, high[i]);
+        float* line = tile + i * kWide;
         if (keep) {
           const uint32_t* mask = keep + (m + i) * keep_stride + n;
           for (int64_t c = 0; c < kWide; ++c) {

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+// Accumulators stay in registers only where their loop is unrolled before they are allocated.
+#define PK_UNROLL _Pragma("GCC unroll 16")
 #define PK_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -36,10 +38,6 @@ PK_INLINE vf load(const float* p) {
 }
 
 PK_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
-
-PK_INLINE vf broadcast(float value) {
-  return vf{} + value;
-}
 
 PK_INLINE float to_float(float value) { return value; }
 
