@@ -26,9 +26,7 @@ def extension() -> dict[str, Any]:
     """Return what setup() needs to build `_C`, or nothing for a pure-Python wheel."""
     choice = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
     if choice not in CHOICES:
-        raise SystemExit(
-            f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}"
-        )
+        raise SystemExit(f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "cuda":
         raise SystemExit(
             "PEFT_KERNELS_BUILD=cuda: this version has no CUDA sources; Triton serves the GPU. "

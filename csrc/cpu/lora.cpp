@@ -78,10 +78,13 @@ PK_INLINE float dot(const T* a, const T* b, int64_t count) {
     }
     sum += load(one) * load(other);
   }
-  float total = 0.0f;
-  for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
-  for (; k < count; ++k) total += to_float(a[k]) * to_float(b[k]);
-  return total;
+  float rest = 0.0f;
+  for (; k < count; ++k) rest += to_float(a[k]) * to_float(b[k]);
+  float lanes[kLanes];
+  store(lanes, sum);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0] + rest;
 }
 
 // Rows [first, first + rows) of y when this code makes all of it: products too small for a GEMM.

@@ -21,7 +21,7 @@ namespace pk {
 constexpr int64_t kRows = 16;
 constexpr int64_t kDepth = 128;
 constexpr int64_t kStrip = 8;
-constexpr int64_t kRankBlock = 64;
+constexpr int64_t kChain = 32;  // additions in a row
 
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
@@ -55,13 +55,18 @@ PK_INLINE void apply_mask(const uint32_t* keep, int64_t keep_stride, int64_t row
 PK_INLINE void project(const float* v, const float* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
   for (int64_t m = 0; m < rows; m += kStrip) {
     for (int64_t j = 0; j < ranks; j += kLanes) {
-      vf acc[kStrip] = {};
       const float* column = v + m * kDepth;
-      for (int64_t k = 0; k < depth; ++k) {
-        const vf weights = load(p + k * ranks + j);
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += column[i * kDepth + k] * weights;
+      vf total[kStrip] = {};
+      for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+        vf acc[kStrip] = {};
+        const int64_t k1 = std::min(depth, k0 + kChain);
+        for (int64_t k = k0; k < k1; ++k) {
+          const vf weights = load(p + k * ranks + j);
+          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += column[i * kDepth + k] * weights;
+        }
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) total[i] += acc[i];
       }
-      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(s + (m + i) * ranks + j, acc[i]);
+      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(s + (m + i) * ranks + j, total[i]);
     }
   }
 }
@@ -98,9 +103,9 @@ PK_INLINE void expand(
     const int64_t count = std::min(kWide, columns - n);
     for (int64_t m = 0; m < rows; m += kStrip) {
       float tile[kStrip * kWide];
-      for (int64_t j0 = 0; j0 < ranks; j0 += kRankBlock) {
+      for (int64_t j0 = 0; j0 < ranks; j0 += kChain) {
         vf low[kStrip] = {}, high[kStrip] = {};
-        const int64_t j1 = std::min(ranks, j0 + kRankBlock);
+        const int64_t j1 = std::min(ranks, j0 + kChain);
         for (int64_t j = j0; j < j1; ++j) {
           const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
           PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {

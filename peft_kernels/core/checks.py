@@ -54,7 +54,10 @@ def _refuse_wrapped(name: str, value: Tensor) -> None:
             f"forward so that it is gathered first; for tensor parallelism use "
             f"LoRAColwiseParallel or LoRARowwiseParallel, or pass {name}.to_local()"
         )
-    if hasattr(kind, "__torch_dispatch__") and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if (
+        hasattr(kind, "__torch_dispatch__")
+        and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         # FakeTensor and functional tensors stand in for plain ones while tracing.
         if kind.__module__.startswith("torch._subclasses"):
             return
@@ -125,7 +128,9 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def compute_dtype(x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...]) -> torch.dtype:
+def compute_dtype(
+    x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...]
+) -> torch.dtype:
     """Return the dtype to compute in: autocast's where it is on, else that of x.
 
     Without autocast the tensors named in ``exact`` must have x's dtype, as ``F.linear`` demands;

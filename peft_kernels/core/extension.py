@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ _IN_TREE = "in a source tree: python setup.py build_ext --inplace"
 def _import() -> tuple[ModuleType | None, str | None]:
     """Return the module, or the reason against it."""
     try:
-        from peft_kernels import _C  # type: ignore[attr-defined]
+        module = importlib.import_module("peft_kernels._C")
     except ModuleNotFoundError:
         return None, (
             "the C++ extension is not built (a pure-Python install): install a compiler, torch, "
@@ -24,13 +25,13 @@ def _import() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the C++ extension does not load ({error}): {_REBUILD} ({_IN_TREE})"
-    built = _C.build_info()["version"]
+    built = module.build_info()["version"]
     if built != __version__:
         return None, (
             f"the C++ extension is of version {built}, the package of {__version__}: {_REBUILD} "
             f"({_IN_TREE})"
         )
-    return _C, None
+    return module, None
 
 
 def why_not() -> str | None:

@@ -82,7 +82,9 @@ def _sum_tile(
             )  # [BLOCK_M, BLOCK_R]
             acc = tl.dot(tl.trans(v), low, acc, input_precision=PRECISION)
 
-    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_out_c + offs_r[None, :] * stride_out_r
+    out_ptrs = (
+        out_ptr + offs_c.to(tl.int64)[:, None] * stride_out_c + offs_r[None, :] * stride_out_r
+    )
     if SPLITS == 1:
         if PRODUCT:
             tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
@@ -192,10 +194,13 @@ def token_reduction(
     out1 = second.out if second.out is not None else v1
     part0 = part1 = colsum_part = first.low
     if splits > 1:
-        options = {"dtype": torch.float32, "device": device}
-        part0 = torch.empty(splits * v0.shape[1] * rank if need0 else 0, **options)
-        part1 = torch.empty(splits * v1.shape[1] * rank if need1 else 0, **options)
-        colsum_part = torch.empty(splits * v1.shape[1] if colsum is not None else 0, **options)
+
+        def parts(size: int) -> Tensor:
+            return torch.empty(splits * size, dtype=torch.float32, device=device)
+
+        part0 = parts(v0.shape[1] * rank if need0 else 0)
+        part1 = parts(v1.shape[1] * rank if need1 else 0)
+        colsum_part = parts(v1.shape[1] if colsum is not None else 0)
     threshold = drop_threshold(dropout_p) - 2**31
     counters = triton_runtime.counters(device, (tiles0 + tiles1) * rank_blocks)
     _token_reduction_kernel[(tiles0 + tiles1, rank_blocks, splits)](

@@ -24,6 +24,17 @@ def why_not(dtype: torch.dtype) -> str | None:
     return extension.why_not()
 
 
+# Rows up to which the library runs a product as an axpy per term, rounding each one into the output.
+_FEW_ROWS = 3
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.shape[0] > _FEW_ROWS:
+        out.addmm_(left, right)
+    else:
+        out.add_(torch.mm(left, right))
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -50,7 +61,7 @@ def forward(
         _pointer(seed), drop_threshold(dropout_p), y.data_ptr(), s.data_ptr(),
     )  # fmt: skip
     if not whole:
-        y.addmm_(x, weight.t())
+        _add_product(y, x, weight.t())
 
 
 def backward(
@@ -87,7 +98,7 @@ def backward(
         if gradient is not None and served is not None and served is not gradient:
             gradient.copy_(served)
     if dx is not None:
-        dx.addmm_(dy, weight)
+        _add_product(dx, dy, weight)
     if dweight is not None:
         torch.mm(dy.t(), x, out=dweight)
 

@@ -166,16 +166,25 @@ def run_backward(
         seed,
         scale,
         dropout_p,
-        None if dx_narrow is None else dx_narrow.view(tokens, in_features),
+        _as_rows(dx_narrow),
         da,
         db,
         dbias,
         dweight_narrow,
     )
-    if dx is not None and dx is not dx_narrow:
-        dx.copy_(dx_narrow)
-    if dweight is not None and dweight is not dweight_narrow:
-        dweight.copy_(dweight_narrow)
+    _widen(dx_narrow, dx)
+    _widen(dweight_narrow, dweight)
+
+
+def _as_rows(gradient: Tensor | None) -> Tensor | None:
+    if gradient is None or gradient.dim() == 2:
+        return gradient
+    return gradient.view(-1, gradient.shape[-1])
+
+
+def _widen(narrow: Tensor | None, gradient: Tensor | None) -> None:
+    if narrow is not None and gradient is not None and narrow is not gradient:
+        gradient.copy_(narrow)
 
 
 def _narrow(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -60,9 +60,7 @@ def _low_rank_block(
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K * stride_ak
     s = (acc * factor).to(s_ptr.dtype.element_ty)
-    tl.store(
-        s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m[:, None] & mask_r[None, :]
-    )
+    tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit
@@ -245,9 +243,7 @@ def _lora_recompute_kernel(
     SCALE_IS_POINTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (output tiles,): every tile computes its own s; the first of a row block stores it."""
-    pid_m, pid_n = grouped_tile(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
-    )
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)

@@ -130,7 +130,10 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", None if base.bias is None else base.bias)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        options: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
+        options: dict[str, Any] = {
+            "device": self.weight.device,
+            "dtype": dtype or self.weight.dtype,
+        }
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         self.reset_lora_parameters()
@@ -220,9 +223,7 @@ class LoRALinear(nn.Module):
         return text + (", merged=True" if self.merged else "")
 
 
-def _explain(
-    layer: LoRALinear, x: Tensor
-) -> tuple[backends.Op, op.LoRASpec, str | None]:
+def _explain(layer: LoRALinear, x: Tensor) -> tuple[backends.Op, op.LoRASpec, str | None]:
     return op.explain_call(
         x,
         layer.weight,

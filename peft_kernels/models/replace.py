@@ -44,9 +44,7 @@ def replace(
     matched = [name for name in modules if name and any(_matches(name, each) for each in wanted)]
     unmatched = [each for each in wanted if not any(_matches(name, each) for name in matched)]
     if unmatched or not wanted:
-        raise ValueError(
-            f"targets {unmatched} matched no module; the model has {_sample(modules)}"
-        )
+        raise ValueError(f"targets {unmatched} matched no module; the model has {_sample(modules)}")
     for name in matched:
         outer = next((each for each in matched if name.startswith(each + ".")), None)
         if outer is not None:

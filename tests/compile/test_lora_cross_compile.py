@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton")
 
 from peft_kernels.core import tiles
-from tests.compile import lora_sources
 from tests.compile.cross import compile_for
 
 pytestmark = pytest.mark.timeout(180)

@@ -102,7 +102,9 @@ def test_checkpointing_inside_compile_reproduces_eager_gradients() -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        return checkpoint(lambda *t: fused(given, list(t), None).relu(), *inputs, use_reentrant=False)
+        return checkpoint(
+            lambda *t: fused(given, list(t), None).relu(), *inputs, use_reentrant=False
+        )
 
     inputs, others = given.inputs(), given.inputs()
     found = results(run(*inputs), inputs, given.dy)

@@ -90,7 +90,7 @@ def test_a_sharded_weight_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_float32_adapters_beside_bfloat16(dropout_p: float) -> None:
-    """peft's default: A and B are cast down, x is not cast up, gradients come back in float32."""
+    """Peft's default: A and B are cast down, x is not cast up, gradients come back in float32."""
     given = problem(
         33, 20, 24, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=dropout_p
     )
@@ -158,7 +158,9 @@ def test_three_projections_of_one_x_save_it_once_and_their_s(autocast: bool) -> 
 
     def run() -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return [fused(case, [x, *rest], None) for case, rest in zip(cases, parameters, strict=True)]
+            return [
+                fused(case, [x, *rest], None) for case, rest in zip(cases, parameters, strict=True)
+            ]
 
     known = [x, *(tensor for rest in parameters for tensor in rest)]
     s_bytes = 64 * 4 * (2 if autocast else 4)

@@ -42,7 +42,9 @@ def _problems(draw: st.DrawFn, dtypes: list[torch.dtype]) -> Problem:
         draw(_SIZE),
         draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64, 65]))),
         dtype=dtype,
-        adapter_dtype=draw(st.sampled_from([dtype, torch.float32])) if dtype.itemsize == 2 else None,
+        adapter_dtype=draw(st.sampled_from([dtype, torch.float32]))
+        if dtype.itemsize == 2
+        else None,
         dropout_p=draw(st.sampled_from([0.0, 0.1, 0.75])),
         bias=draw(st.booleans()),
         scale=draw(st.sampled_from([0.0, 1.0, -2.5])),
@@ -61,7 +63,9 @@ def _with_layout(given: Problem, layout: str) -> Problem:
     def step(t: Tensor) -> Tensor:
         return torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
 
-    change = {"packed": lambda t: t, "sliced": sliced, "transposed": transposed, "step": step}[layout]
+    change = {"packed": lambda t: t, "sliced": sliced, "transposed": transposed, "step": step}[
+        layout
+    ]
     return replace(
         given,
         x=change(given.x),

@@ -31,9 +31,7 @@ def test_each_gradient_alone_is_the_same_as_among_all(needed: int) -> None:
     expected = results(fused(given, everything, "reference"), everything, given.dy)
     inputs = [t.detach() for t in given.inputs()]
     inputs[needed].requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        fused(given, inputs, "reference"), [inputs[needed]], given.dy
-    )
+    (gradient,) = torch.autograd.grad(fused(given, inputs, "reference"), [inputs[needed]], given.dy)
     torch.testing.assert_close(gradient, list(expected.values())[needed + 1])
 
 

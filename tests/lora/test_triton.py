@@ -56,9 +56,7 @@ def test_rank_512(variant: str) -> None:
 
 
 def test_float32_adapters_beside_float16_get_float32_gradients(variant: str) -> None:
-    given = problem(
-        33, 20, 24, 4, dtype=torch.float16, adapter_dtype=torch.float32, dropout_p=0.2
-    )
+    given = problem(33, 20, 24, 4, dtype=torch.float16, adapter_dtype=torch.float32, dropout_p=0.2)
     inputs = given.inputs()
     found = results(fused(given, inputs, "triton"), inputs, given.dy)
     assert {found[name].dtype for name in ("da", "db", "dbias")} == {torch.float32}
@@ -75,9 +73,7 @@ def test_mask_equals_the_specification_bit_for_bit(variant: str, p: float) -> No
     eye, zeros = torch.eye(size), torch.zeros(size, size)
     seed = torch.tensor([-(2**61) + 12345])
     given = problem(tokens, size, size, size, dropout_p=p, bias=False)
-    given = replace(
-        given, x=x, weight=zeros, lora_a=eye, lora_b=eye, scale=1.0 - p, seed=seed
-    )
+    given = replace(given, x=x, weight=zeros, lora_a=eye, lora_b=eye, scale=1.0 - p, seed=seed)
     kept = fused(given, given.inputs(), "triton") != 0
     assert torch.equal(kept, rng.dropout_mask(seed, tokens, size, p))
     # Backward: dx = mask * dy with the same constants.
@@ -147,7 +143,9 @@ def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPa
 
     def run_all() -> list[dict[str, torch.Tensor]]:
         every = [(given, given.inputs()) for given in cases]
-        return [results(fused(given, inputs, "triton"), inputs, given.dy) for given, inputs in every]
+        return [
+            results(fused(given, inputs, "triton"), inputs, given.dy) for given, inputs in every
+        ]
 
     expected = run_all()
     buffer = torch.zeros(4096, dtype=torch.int32)

@@ -1,0 +1,114 @@
+"""Cross-compile every LoRA kernel and tile of one GPU family: ``python -m tests.compile.sweep sm_90``.
+
+Prints a JSON line per kernel. A process of its own, because Triton's interpreter mode, which the
+other tests of kernels run in, is settled when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from peft_kernels.core import tiles
+from tests.compile import lora_sources
+from tests.compile.cross import Report, compile_for
+
+# Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
+_LAUNCHES = {
+    "decode": (("forward", 0), ("forward", 1), ("backward", 0)),
+    "small": (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 2)),
+    "large": (("forward", 0), ("forward", 1)),
+    "backward": (("backward", 0),),
+    "masked": (("backward", 2),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel with everything that is settled before it is compiled."""
+
+    name: str
+    kernel: str
+    source: tuple[dict[str, str], dict[str, Any], frozenset[str]]
+    num_warps: int
+    num_stages: int
+
+
+def _products(family: str, dtype: str) -> Iterator[Case]:
+    for each, kind, shape_class, tile in tiles.lora_cases():
+        if (each, kind) != (family, dtype):
+            continue
+        kernel = f"_lora_{tile.variant}_kernel"
+        rank = 64 if shape_class.endswith("+") else 16
+        for direction, dropout in _LAUNCHES[shape_class.removesuffix("+")]:
+            name = f"{shape_class} {direction} dropout{dropout} r{rank} {tile}"
+            source = lora_sources.product(dtype, tile, rank, direction, dropout)
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+
+
+def _low_ranks(dtype: str) -> Iterator[Case]:
+    tile = tiles.LOW_RANK_TILE_32BIT if dtype == "fp32" else tiles.LOW_RANK_TILE
+    for rank in (16, 64):
+        for dropout in (0, 1):
+            source = lora_sources.low_rank(dtype, tile, rank, dropout)
+            name = f"low_rank dropout{dropout} r{rank}"
+            yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
+
+
+def _reductions(dtype: str) -> Iterator[Case]:
+    tile = tiles.REDUCTION_TILE_32BIT if dtype == "fp32" else tiles.REDUCTION_TILE
+    for rank in (16, 32, 64):
+        for dropout in (False, True):
+            for splits in (1, 8):
+                source = lora_sources.reduction(dtype, tile, rank, dropout, splits)
+                name = f"reduction dropout{int(dropout)} r{rank} splits{splits}"
+                yield Case(
+                    name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages
+                )
+
+
+def cases(family: str, dtype: str) -> list[Case]:
+    """Return every case of a family and "bf16", "fp16" or "fp32"."""
+    return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
+
+
+def compile_case(case: Case, family: str) -> Report:
+    """Cross-compile one case."""
+    from peft_kernels.core import token_reduction
+    from peft_kernels.lora import kernels
+
+    kernel = getattr(kernels, case.kernel, None) or getattr(token_reduction, case.kernel)
+    types, constants, divisible = case.source
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return compile_for(
+        kernel, family, types, constants, divisible, case.num_warps, case.num_stages
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Compile and print; the tests read the lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=tiles.FAMILIES)
+    parser.add_argument("dtypes", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--only", default="", help="part of a case's name")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    for dtype in options.dtypes:
+        for case in cases(options.family, dtype):
+            if options.only not in case.name:
+                continue
+            report = compile_case(case, options.family)
+            line = {"case": f"{options.family} {dtype} {case.name}"}
+            line["problems"] = report.problems(options.family, pipelined=True)
+            print(json.dumps(line | dataclasses.asdict(report)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
