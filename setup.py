@@ -53,7 +53,7 @@ def extension() -> dict[str, Any]:
             "-O3",
             "-fvisibility=hidden",
             "-Wno-psabi",
-            # The oldest torch whose stable ABI this build uses: it runs on that and every later one.
+            # The oldest torch whose stable ABI this build uses; it runs on every later one too.
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             f'-DPEFT_KERNELS_VERSION="{version()}"',
             f'-DPEFT_KERNELS_BUILT_WITH_TORCH="{torch.__version__}"',

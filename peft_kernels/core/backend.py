@@ -38,6 +38,9 @@ class Spec(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype that is computed in."""
 
+    def __hash__(self) -> int:
+        """Return a hash: choices are cached by spec."""
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -35,7 +35,7 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}. A quantised "
-            f"weight has no fused kernel here: dequantise it first (for instance .to(torch.bfloat16))"
+            f"weight has no fused kernel here: dequantise it first (.to(torch.bfloat16))"
         )
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout)

@@ -55,18 +55,21 @@ class LoRATile:
 
 @dataclass(frozen=True)
 class ReductionTile:
-    """Block sizes of the token-split gradient reduction: BLOCK_M tokens by BLOCK_C columns."""
+    """Block sizes of the token-split gradient reduction: tokens, columns, ranks.
+
+    Each block of ranks reads x and dY once more.
+    """
 
     block_m: int
     block_c: int
+    block_r: int
     num_warps: int
     num_stages: int
 
 
 # Keyed by family, then by shape class: "decode" is at most 16 tokens, "small" at most 256, "large"
-# the rest. A large backward is "backward", or "masked" under dropout, whose epilogue needs registers
-# for the mask.
-# "+" marks ranks above 16: their blocks of a, b and s need registers too.
+# the rest. A large backward is "backward", or "masked" under dropout, whose epilogue needs
+# registers for the mask. "+" marks ranks above 16: their blocks of a, b and s need registers too.
 _WIDE = {
     "decode": LoRATile("recompute", 16, 64, 128, 4, 4),
     "decode+": LoRATile("recompute", 16, 64, 64, 4, 4),
@@ -129,9 +132,23 @@ LOW_RANK_TILE = LoRATile("split", 64, 64, 64, 4, 3)
 LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
 _INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
-REDUCTION_TILE = ReductionTile(64, 64, 4, 3)
-REDUCTION_TILE_32BIT = ReductionTile(32, 64, 8, 3)
-REDUCTION_TILE_INTERPRETED = ReductionTile(32, 32, 4, 1)
+# By the ranks of a block: 16, 32, and what ranks above 32 take.
+REDUCTION_TILES = {
+    16: ReductionTile(64, 64, 16, 8, 3),
+    32: ReductionTile(64, 64, 32, 8, 3),
+    64: ReductionTile(64, 64, 64, 8, 2),
+}
+# A block of 64 ranks in float32 spills on some families.
+REDUCTION_TILES_32BIT = {
+    16: ReductionTile(32, 64, 16, 8, 2),
+    32: ReductionTile(32, 64, 32, 8, 2),
+    64: ReductionTile(32, 64, 32, 8, 2),
+}
+_REDUCTION_TILES_INTERPRETED = {
+    16: ReductionTile(32, 32, 16, 4, 1),
+    32: ReductionTile(32, 32, 32, 4, 1),
+    64: ReductionTile(32, 32, 32, 4, 1),
+}
 
 _forced: str | None = None
 
@@ -178,11 +195,6 @@ def rank_block(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
-def reduction_rank_block(rank: int) -> int:
-    """Return how many ranks the gradient reduction takes at a time: each block rereads x and dY."""
-    return 16 if rank <= 16 else 32 if rank <= 32 else 64
-
-
 def lora_tile(
     device: torch.device, dtype: torch.dtype, tokens: int, rank: int, direction: str
 ) -> LoRATile:
@@ -219,11 +231,12 @@ def low_rank_tile(device: torch.device, dtype: torch.dtype) -> LoRATile:
     return LOW_RANK_TILE_32BIT if dtype == torch.float32 else LOW_RANK_TILE
 
 
-def reduction_tile(device: torch.device, dtype: torch.dtype) -> ReductionTile:
+def reduction_tile(device: torch.device, dtype: torch.dtype, rank: int) -> ReductionTile:
     """Return the tile of the token-split gradient reduction."""
+    table = REDUCTION_TILES_32BIT if dtype == torch.float32 else REDUCTION_TILES
     if device.type != "cuda":
-        return REDUCTION_TILE_INTERPRETED
-    return REDUCTION_TILE_32BIT if dtype == torch.float32 else REDUCTION_TILE
+        table = _REDUCTION_TILES_INTERPRETED
+    return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
 
 
 def lora_plan(

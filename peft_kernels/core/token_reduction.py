@@ -2,8 +2,8 @@
 
     g0 = v0ᵀ l0   [C0, R]        g1 = v1ᵀ l1   [C1, R]        colsum1 = Σ_m v1   [C1]
 
-``v0`` [M, C0] and ``v1`` [M, C1] are activations or gradients, ``l0``, ``l1`` [M, R] the low-rank
-factors beside them; v0 may be under dropout. One launch: a program sums one tile of columns over one
+``v0`` [M, C0] and ``v1`` [M, C1] are activations or gradients, ``l0``, ``l1`` [M, R] the factors
+of low rank beside them; v0 may be under dropout. One launch: a program sums one tile of columns over one
 part of the tokens in fp32; the last part of a tile to arrive adds the parts in index order and
 rounds once. Each activation is read once per 64 ranks, nothing of its size is written, and no
 floating-point atomic is used.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels.core import tiles, triton_runtime
+from peft_kernels.core import triton_runtime
 from peft_kernels.core.device import keep_mask, last_to_arrive
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.tiles import ReductionTile
@@ -184,9 +184,8 @@ def token_reduction(
     tokens, rank = first.low.shape
     tiles0 = triton.cdiv(first.v.shape[1], tile.block_c) if need0 else 0
     tiles1 = triton.cdiv(second.v.shape[1], tile.block_c) if need1 or colsum is not None else 0
-    block_r = tiles.reduction_rank_block(rank)
     # Where the second product is not wanted its rank blocks beyond the first have nothing to do.
-    rank_blocks = triton.cdiv(rank, block_r) if need0 or need1 else 1
+    rank_blocks = triton.cdiv(rank, tile.block_r) if need0 or need1 else 1
     splits = _splits(tokens, (tiles0 + tiles1) * rank_blocks, tile.block_m, device)
 
     v0, v1 = first.v, second.v
@@ -208,7 +207,7 @@ def token_reduction(
         part0, part1, colsum_part, counters, seed if seed is not None else counters,
         tokens, v0.shape[1], v1.shape[1], rank, v0.stride(0), v1.stride(0),
         out0.stride(0), out0.stride(1), out1.stride(0), out1.stride(1), tiles0, threshold,
-        SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_R=block_r,
+        SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_R=tile.block_r,
         DROPOUT=seed is not None, PRODUCT1=need1, COLSUM=colsum is not None, PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

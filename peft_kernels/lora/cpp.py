@@ -1,4 +1,4 @@
-"""Launchers of the C++ CPU backend: the low-rank part in ``_C``, the base product by the library.
+"""Launchers of the C++ CPU backend: the low-rank part in ``_C``, x Wᵀ by the GEMM library.
 
 ``_C`` writes ``bias + s Bᵀ`` (and ``mask * (ds A)`` in backward) first and the GEMM adds its product
 with beta = 1, so that the low-rank part makes no pass over y of its own. Products too small for a

@@ -112,7 +112,7 @@ def lora_backward(
             Factor(x, ds, None if da is None else da.t()),
             Factor(dy, s, db),
             dbias,
-            tiles.reduction_tile(x.device, x.dtype),
+            tiles.reduction_tile(x.device, x.dtype, lora_a.shape[0]),
             seed=seed,
             dropout_p=dropout_p,
             precision=tiles.precision(x.dtype, x.device),

@@ -1,7 +1,7 @@
 """``lora_linear``: argument checks, the autograd Function, the public function.
 
-A call travels one way: ``lora_linear`` → checks → ``LoRALinearFunction`` → ``dispatch`` → the chosen
-backend's launcher.
+A call travels one way: ``lora_linear`` → checks → ``LoRALinearFunction`` → ``dispatch`` → the
+chosen backend's launcher.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ def _check(
 
 
 def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str | None]:
+    """Return what decides the backend of ``lora_linear(*args, **kwargs)``, checked alike."""
     bound = inspect.signature(lora_linear).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments

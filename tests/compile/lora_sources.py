@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import LoRATile, ReductionTile, rank_block, reduction_rank_block
+from peft_kernels.core.tiles import LoRATile, ReductionTile, rank_block
 
 _LOW_RANK = {
     "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
@@ -15,6 +15,10 @@ _PRODUCT = _LOW_RANK | {
     "w_ptr": "*{t}", "b_ptr": "*{t}", "bias_ptr": "*{t}", "y_ptr": "*{t}",
     "counters_ptr": "*i32", "N": "i32", "stride_wn": "i32", "stride_wk": "i32",
     "stride_bn": "i32", "stride_br": "i32",
+}  # fmt: skip
+_MASKED_UPDATE = {
+    "y_ptr": "*{t}", "s_ptr": "*{t}", "b_ptr": "*{t}", "seed_ptr": "*i64", "M": "i32", "N": "i32",
+    "R": "i32", "stride_bn": "i32", "stride_br": "i32", "drop_threshold": "i32",
 }  # fmt: skip
 _REDUCTION = {
     "v0_ptr": "*{t}", "low0_ptr": "*{t}", "out0_ptr": "*{t}", "v1_ptr": "*{t}",
@@ -65,14 +69,26 @@ def low_rank(
     return types, constants, frozenset(set(types) - _RAGGED - {"scale", "inverse_keep"})
 
 
+def masked_update(
+    dtype: str, tile: LoRATile, rank: int
+) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of "split"'s last launch in backward."""
+    types = _typed(_MASKED_UPDATE, dtype)
+    constants = {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": rank_block(rank),
+        "PRECISION": "tf32", "stride_bn": 1,
+    }  # fmt: skip
+    return types, constants, frozenset(set(types) - _RAGGED)
+
+
 def reduction(
-    dtype: str, tile: ReductionTile, rank: int, dropout: bool, splits: int
+    dtype: str, tile: ReductionTile, dropout: bool, splits: int
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the token-split gradient reduction."""
     types = _typed(_REDUCTION, dtype)
     constants = {
         "SPLITS": splits, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c,
-        "BLOCK_R": reduction_rank_block(rank), "DROPOUT": dropout, "PRODUCT1": True, "COLSUM": True,
+        "BLOCK_R": tile.block_r, "DROPOUT": dropout, "PRODUCT1": True, "COLSUM": True,
         "PRECISION": "tf32", "stride_out0_c": 1, "stride_out1_r": 1,
     }  # fmt: skip
     return types, constants, frozenset(set(types) - _RAGGED)

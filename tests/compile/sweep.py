@@ -1,4 +1,6 @@
-"""Cross-compile every LoRA kernel and tile of one GPU family: ``python -m tests.compile.sweep sm_90``.
+"""Cross-compile every LoRA kernel and tile of one GPU family.
+
+``python -m tests.compile.sweep sm_90 bf16 --only reduction``
 
 Prints a JSON line per kernel. A process of its own, because Triton's interpreter mode, which the
 other tests of kernels run in, is settled when Triton is imported.
@@ -37,6 +39,7 @@ class Case:
     source: tuple[dict[str, str], dict[str, Any], frozenset[str]]
     num_warps: int
     num_stages: int
+    pipelined: bool = True
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -58,18 +61,20 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
             source = lora_sources.low_rank(dtype, tile, rank, dropout)
             name = f"low_rank dropout{dropout} r{rank}"
             yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
+        source = lora_sources.masked_update(dtype, tile, rank)
+        name = f"masked_update r{rank}"
+        # No loop to pipeline at this rank: y is read and written once.
+        yield Case(name, "_masked_update_kernel", source, tile.num_warps, tile.num_stages, False)
 
 
 def _reductions(dtype: str) -> Iterator[Case]:
-    tile = tiles.REDUCTION_TILE_32BIT if dtype == "fp32" else tiles.REDUCTION_TILE
-    for rank in (16, 32, 64):
+    table = tiles.REDUCTION_TILES_32BIT if dtype == "fp32" else tiles.REDUCTION_TILES
+    for tile in dict.fromkeys(table.values()):
         for dropout in (False, True):
             for splits in (1, 8):
-                source = lora_sources.reduction(dtype, tile, rank, dropout, splits)
-                name = f"reduction dropout{int(dropout)} r{rank} splits{splits}"
-                yield Case(
-                    name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages
-                )
+                source = lora_sources.reduction(dtype, tile, dropout, splits)
+                name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
+                yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
 
 
 def cases(family: str, dtype: str) -> list[Case]:
@@ -85,9 +90,7 @@ def compile_case(case: Case, family: str) -> Report:
     kernel = getattr(kernels, case.kernel, None) or getattr(token_reduction, case.kernel)
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    return compile_for(
-        kernel, family, types, constants, divisible, case.num_warps, case.num_stages
-    )
+    return compile_for(kernel, family, types, constants, divisible, case.num_warps, case.num_stages)
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +108,7 @@ def main(argv: list[str]) -> int:
                 continue
             report = compile_case(case, options.family)
             line = {"case": f"{options.family} {dtype} {case.name}"}
-            line["problems"] = report.problems(options.family, pipelined=True)
+            line["problems"] = report.problems(options.family, pipelined=case.pipelined)
             print(json.dumps(line | dataclasses.asdict(report)), flush=True)
     return 0
 

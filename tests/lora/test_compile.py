@@ -22,7 +22,11 @@ def fresh_dynamo() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_fullgraph_gives_what_eager_gives(backend: str, dropout_p: float) -> None:
     given = problem((3, 5), 12, 16, 4, dropout_p=dropout_p)
-    compiled = torch.compile(lambda *inputs: fused(given, list(inputs), None), fullgraph=True, backend=backend)  # fmt: skip
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        return fused(given, list(inputs), None)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
     inputs, others = given.inputs(), given.inputs()
     found = results(compiled(*inputs), inputs, given.dy)
     expected = results(fused(given, others, None), others, given.dy)

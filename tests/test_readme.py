@@ -1,0 +1,30 @@
+"""What README shows runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_and_prints_what_its_comments_say() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed: list[object] = []
+    scope: dict[str, object] = {"print": printed.append}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert printed[0] == ["linear1", "linear2"]
+    assert "lora_linear runs on" in str(printed[1])
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test"} <= named
+    assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+
+
+def test_every_file_it_links_exists() -> None:
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert linked
+    assert all((Path(__file__).parent.parent / name).exists() for name in linked)
