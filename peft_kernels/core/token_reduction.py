@@ -219,7 +219,7 @@ def _splits(tokens: int, tiles: int, block_m: int, device: torch.device) -> int:
     A power of two, so that few variants of the kernel are compiled; a function of the shapes and
     the device alone, so that a run repeats bit for bit.
     """
-    wanted = 4 if device.type != "cuda" else 2 * triton_runtime.multiprocessors(device.index or 0)
+    wanted = 16 if device.type != "cuda" else 2 * triton_runtime.multiprocessors(device.index or 0)
     most = triton.cdiv(tokens, 2 * block_m)
     splits = 1
     while splits < 64 and splits * tiles < wanted and splits * 2 <= most:
