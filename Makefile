@@ -22,7 +22,7 @@ demo: $(READY) ## train on real digits, eager against fused; writes out/demo/
 	$(BIN)/python -m peft_kernels demo $(ARGS)
 
 test: $(READY) ## run the tests (ARGS="-k lora" selects)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/python -m ruff check .

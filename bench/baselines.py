@@ -8,6 +8,7 @@ numerics gate can compare providers whose random streams differ.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Provider:
         frozen: computes the base layer alone: the floor, not a LoRA.
         around: entered around every call, as for a forced kernel variant.
         plan: how it would run a problem, where it has a choice.
+        poison: whether the gate may run it in PyTorch's deterministic mode, which fills fresh
+            memory with NaN; a compiled graph would be compiled anew for it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Provider:
     frozen: bool = False
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     plan: Callable[[Problem], str | None] = lambda problem: None
+    poison: bool = True
 
 
 def drop(x: Tensor, p: float, keep: Tensor | None) -> Tensor:
@@ -119,7 +123,7 @@ def _factored(problem: Problem, keep: Tensor | None) -> Forward:
 
     def forward() -> Tensor:
         dropped = drop(each.x, p, keep)
-        y: Tensor = FactoredLoRA.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = FactoredLoRA.apply(
             each.x, dropped, each.weight, each.bias, each.lora_a, each.lora_b, each.scale
         )
         return y
@@ -137,13 +141,16 @@ def _compiled(problem: Problem, keep: Tensor | None) -> Forward:
     )
 
 
-def fused(backend: str | None, variant: str | None = None) -> Provider:
+def fused(backend: str | None = None, variant: str | None = None) -> Provider:
     """Return the provider of ``lora_linear`` on a backend (None: the best), on a kernel variant."""
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    if variant is not None:
+        around = functools.partial(tiles.forced_variant, variant)
 
     def arguments(problem: Problem) -> dict[str, Any]:
         return {"scale": problem.scale, "dropout_p": problem.case.dropout_p, "backend": backend}
 
-    def tensors(problem: Problem) -> tuple[Tensor | None, ...]:
+    def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         return problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias
 
     def build(problem: Problem, keep: Tensor | None) -> Forward:
@@ -155,16 +162,13 @@ def fused(backend: str | None, variant: str | None = None) -> Provider:
     def why_not(problem: Problem) -> str | None:
         found = explain(lora_linear, *tensors(problem), **arguments(problem))
         if found.backend is None:
-            return found.reasons.get(str(backend), "unknown backend")
+            return found.reasons.get(backend or "", str(found))
         return None
 
     def plan(problem: Problem) -> str | None:
         with around():
             found = explain(lora_linear, *tensors(problem), **arguments(problem))
         return f"{found.backend}: {found.plan}" if found.plan else found.backend
-
-    def around() -> contextlib.AbstractContextManager[Any]:
-        return tiles.forced_variant(variant)
 
     name = (backend or "fused") + (f":{variant}" if variant else "")
     return Provider(name, build, why_not, around=around, plan=plan)
@@ -173,8 +177,8 @@ def fused(backend: str | None, variant: str | None = None) -> Provider:
 FROZEN = Provider("frozen", _frozen, frozen=True)
 EAGER = Provider("eager", _eager)
 FACTORED = Provider("factored", _factored)
-COMPILED = Provider("compile", _compiled)
+COMPILED = Provider("compile", _compiled, poison=False)
 BASELINES = (FROZEN, EAGER, FACTORED, COMPILED)
-# The package's own backends; "fused" rows of a report are the first of these that runs.
-FUSED = tuple(fused(name) for name in ("triton", "cuda", "cpp", "reference"))
+# What a user gets who names no backend.
+FUSED = fused()
 VARIANTS = tuple(fused("triton", variant) for variant in tiles.VARIANTS)

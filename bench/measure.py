@@ -1,7 +1,8 @@
 """Timers: every provider of a case is timed in turn, round after round.
 
-Interleaving spreads drifts of clock speed and neighbours over all of them. The minimum and the 20th
-percentile are what a shared machine can repeat; the median and the 80th tell how quiet it was.
+Interleaving spreads drifts of clock speed and neighbours over all of them. The minimum is what a
+shared machine can repeat, since neighbours only ever add time, and what ratios are taken of; the
+percentiles tell how quiet it was.
 """
 
 from __future__ import annotations
@@ -66,11 +67,10 @@ def wall_times(
 
     repeats, round_s = {}, 0.0
     for name, call in calls.items():
-        call()
-        wait()
-        estimate = min(sample(call, 1) for _ in range(3))
+        estimate = min(sample(call, 1) for _ in range(2))
+        if estimate < 10 * shortest_sample_s:  # a long call is warm by now
+            estimate = min(sample(call, 1) for _ in range(3))
         repeats[name] = max(1, math.ceil(shortest_sample_s / max(estimate, 1e-7)))
-        sample(call, repeats[name])
         round_s += estimate * repeats[name]
     total = min(rounds[1], max(rounds[0], int(seconds / max(round_s, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in calls}

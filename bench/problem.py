@@ -36,10 +36,11 @@ class Problem:
         return tuple(value for value in values if value is not None)
 
     def keep_mask(self) -> Tensor | None:
-        """Return the dropout mask that ``seed`` stands for, bool [M, K], or None without dropout."""
+        """Return the dropout mask that ``seed`` stands for, bool [M, K]; None without dropout."""
         if self.case.dropout_p == 0.0:
             return None
-        return dropout_mask(self.seed, *self.x.shape, self.case.dropout_p)
+        m, k = self.x.shape
+        return dropout_mask(self.seed, m, k, self.case.dropout_p)
 
 
 def make_problem(case: LoRACase, device: str | torch.device, seed: int = 0) -> Problem:

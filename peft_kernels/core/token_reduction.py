@@ -3,10 +3,10 @@
     g0 = v0ᵀ l0   [C0, R]        g1 = v1ᵀ l1   [C1, R]        colsum1 = Σ_m v1   [C1]
 
 ``v0`` [M, C0] and ``v1`` [M, C1] are activations or gradients, ``l0``, ``l1`` [M, R] the factors
-of low rank beside them; v0 may be under dropout. One launch: a program sums one tile of columns over one
-part of the tokens in fp32; the last part of a tile to arrive adds the parts in index order and
-rounds once. Each activation is read once per 64 ranks, nothing of its size is written, and no
-floating-point atomic is used.
+of low rank beside them; v0 may be under dropout. One launch: a program sums one tile of columns
+over one part of the tokens in fp32; the last part of a tile to arrive adds the parts in index order
+and rounds once. Each activation is read once per block of ranks, nothing of its size is written,
+and no floating-point atomic is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launchers of the C++ CPU backend: the low-rank part in ``_C``, x Wᵀ by the GEMM library.
 
-``_C`` writes ``bias + s Bᵀ`` (and ``mask * (ds A)`` in backward) first and the GEMM adds its product
+``_C`` writes ``bias + s Bᵀ`` (in backward ``mask * (ds A)``) first and the GEMM adds its product
 with beta = 1, so that the low-rank part makes no pass over y of its own. Products too small for a
 GEMM call are made in ``_C`` altogether.
 """
@@ -24,7 +24,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     return extension.why_not()
 
 
-# Rows up to which the library runs a product as an axpy per term, rounding each one into the output.
+# Rows up to which the library makes a product as one axpy per term, each rounded into the output.
 _FEW_ROWS = 3
 
 

@@ -1,4 +1,4 @@
-"""The compiled Triton kernels on an NVIDIA GPU: numerics, launches, graphs, streams, 64-bit sizes."""
+"""Triton kernels on an NVIDIA GPU: numerics, launches, graphs, streams, 64-bit sizes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,16 @@
+"""The option of the pytest-benchmark files."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--lora-cases``."""
+    parser.addoption(
+        "--lora-cases",
+        choices=("tiny", "small", "full"),
+        default="small",
+        help="tiny: shows that it runs; small (default): four small CPU cases, or the reported "
+        "ones on a GPU; full: all cases of bench/cases.py that this machine's device has",
+    )

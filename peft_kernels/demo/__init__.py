@@ -1,0 +1,1 @@
+"""``python -m peft_kernels demo``: trains on real digits, eager against fused."""

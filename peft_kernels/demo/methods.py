@@ -1,0 +1,145 @@
+"""The fine-tuning methods that the demo compares, each in its eager and its fused form.
+
+A further method is one more ``Method`` in ``METHODS``. Its two forms must use the same parameter
+names, so that one state dict fits both.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels.demo.model import TOKENS, DigitTransformer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Size of an adapter: rank r, the numerator alpha of its scaling, dropout in [0, 1)."""
+
+    rank: int
+    alpha: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune a frozen ``DigitTransformer``.
+
+    Attributes:
+        name: what tables show; in lower case the name of the adapter's file.
+        apply_eager: puts the method's plain PyTorch form into a frozen model, in place; only what
+            it adds requires gradients.
+        apply_fused: likewise with this package's layers.
+        explain: says on which backend every fused layer of a model would run, for a batch size.
+    """
+
+    name: str
+    apply_eager: Callable[[DigitTransformer, Options], None]
+    apply_fused: Callable[[DigitTransformer, Options], None]
+    explain: Callable[[DigitTransformer, int], list[peft_kernels.Explanation]]
+
+
+class EagerLoRALinear(nn.Module):
+    """LoRA as Hugging Face peft computes it: ``base(x) + B(A(dropout(x))) * scaling``."""
+
+    def __init__(self, base: nn.Linear, options: Options) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling = options.alpha / options.rank
+        # peft's own choice: no dropout, no module for it.
+        self.dropout = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
+        # float32 beside a narrower base, too: peft's default.
+        self.lora_A = nn.Parameter(torch.empty(options.rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, options.rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.to(base.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., N] for x [..., K]."""
+        y = nn.functional.linear(x, self.weight, self.bias)
+        dropped = self.dropout(x.to(self.lora_A.dtype))
+        s = nn.functional.linear(dropped, self.lora_A)  # [..., r]
+        y = y + nn.functional.linear(s, self.lora_B) * self.scaling
+        return y.to(x.dtype)
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "up", "down")
+
+
+def _apply_eager_lora(model: DigitTransformer, options: Options) -> None:
+    peft_kernels.replace(model, LORA_TARGETS, lambda old: EagerLoRALinear(_linear(old), options))
+
+
+def _apply_fused_lora(model: DigitTransformer, options: Options) -> None:
+    def build(old: nn.Module) -> nn.Module:
+        return peft_kernels.LoRALinear.from_linear(
+            _linear(old),
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            dtype=torch.float32,
+        )
+
+    peft_kernels.replace(model, LORA_TARGETS, build)
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"LoRA's targets are torch.nn.Linear, got {type(module).__name__}")
+    return module
+
+
+def _explain_lora(model: DigitTransformer, batch_size: int) -> list[peft_kernels.Explanation]:
+    explanations = []
+    for layer in model.modules():
+        if isinstance(layer, peft_kernels.LoRALinear):
+            x = layer.weight.new_empty(batch_size, TOKENS, layer.in_features)
+            explanations.append(peft_kernels.explain(layer, x))
+    return explanations
+
+
+LORA = Method("LoRA", _apply_eager_lora, _apply_fused_lora, _explain_lora)
+
+# Adapters, prefix tuning and prompt tuning join here.
+METHODS = (LORA,)
+
+
+def apply(
+    model: DigitTransformer, form: Callable[[DigitTransformer, Options], None], options: Options
+) -> None:
+    """Put one form of a method into a frozen model, in place, and have the head trained too."""
+    form(model, options)
+    # Classes that pre-training never saw need their rows of the head: peft's ``modules_to_save``.
+    model.head.requires_grad_(True)
+
+
+def build_pair(
+    frozen: DigitTransformer, method: Method, options: Options
+) -> tuple[DigitTransformer, DigitTransformer]:
+    """Return the eager and the fused model, both in one state; ``frozen`` stays as it is."""
+    eager, fused = copy.deepcopy(frozen), copy.deepcopy(frozen)
+    apply(eager, method.apply_eager, options)
+    apply(fused, method.apply_fused, options)
+    fused.load_state_dict(eager.state_dict())
+    return eager, fused
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained, by name: all that must be kept beside the frozen model."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def trainable_share(model: nn.Module) -> float:
+    """Return the trained share of all parameters."""
+    trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
+    return trained / sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,41 @@
+"""The counters and timers that only a GPU has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.baselines import EAGER, FROZEN
+from bench.cases import LoRACase
+from bench.gpu_timing import TRITON
+from bench.measure import device_times
+from bench.memory import count_launches, peak_bytes
+from bench.rows import BOTH, FORWARD, PeakTable, measure_case
+
+pytestmark = pytest.mark.gpu
+CASE = LoRACase("gpu 512x512x768", "gpu", 512, 512, 768, 16, 0.1)
+
+
+def test_launches_and_peak_are_counted_exactly() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(1 << 20, device=device)
+    assert count_launches(lambda: x * 2, device) == 1
+    assert count_launches(lambda: (x * 2).mul_(3), device) == 2
+    assert peak_bytes(lambda: x * 2, device) == 4 << 20
+
+
+def test_device_times_tell_a_large_product_from_a_small_one() -> None:
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    b = a[:256, :256].contiguous()
+    times = device_times({"large": lambda: a @ a, "small": lambda: b @ b}, 0.1)
+    assert times["large"].p20_ms > 2 * times["small"].p20_ms
+
+
+def test_rows_of_a_case_pass_the_gate_and_hold_times() -> None:
+    device = torch.device("cuda")
+    rows = measure_case(CASE, [FROZEN, EAGER, TRITON], device, 0.1, PeakTable(device))
+    assert [row.note for row in rows if row.status != "timed"] == []
+    ours = {row.direction: row for row in rows if row.provider == TRITON.name}
+    assert ours[FORWARD].launches is not None and ours[BOTH].launches is not None
+    assert ours[FORWARD].saved_bytes == 2 * CASE.tokens * CASE.rank + 8
+    assert all(row.wall is not None and row.wall.p20_ms > 0 for row in ours.values())

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import store
+from bench.stages import run_stage
+from bench.store import ROOT
+
+MACHINE = {
+    "date": "2031-02-03T04:05:06+00:00", "commit": "0123456789abcdef", "dirty": False,
+    "cpu": "Some CPU (TM) 9000, 2 logical cores, torch threads: 2", "device": "cpu",
+}  # fmt: skip
+
+
+def test_file_names_hold_date_commit_and_device() -> None:
+    assert store.file_stem(MACHINE) == "20310203T040506-0123456789-some-cpu-tm-9000"
+    gpu = {**MACHINE, "dirty": True, "gpu": "NVIDIA H100 80GB HBM3"}
+    assert store.file_stem(gpu) == "20310203T040506-0123456789-dirty-nvidia-h100-80gb-hbm3"
+    assert "no-commit" in store.file_stem({**MACHINE, "commit": None})
+
+
+def test_machine_says_what_a_number_depends_on() -> None:
+    found = store.machine(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert set(found) >= {"cpu", "triton", "numpy", "commit", "dirty", "threads", "date"}
+    json.dumps(found, allow_nan=False)
+
+
+def test_results_are_never_overwritten(tmp_path: Path) -> None:
+    paths = [store.write_new(tmp_path / "new", "same", {"run": run}) for run in range(3)]
+    assert [path.name for path in paths] == ["same.json", "same-2.json", "same-3.json"]
+    assert [json.loads(path.read_text())["run"] for path in paths] == [0, 1, 2]
+
+
+def test_nothing_is_left_of_content_that_cannot_be_written(tmp_path: Path) -> None:
+    for bad in (object(), float("nan")):
+        with pytest.raises((TypeError, ValueError)):
+            store.write_new(tmp_path, "bad", {"value": bad})
+        with pytest.raises((TypeError, ValueError)):
+            store.replace(tmp_path / "bad.json", {"value": bad})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replace_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    store.replace(target, {"value": 1})
+    with pytest.raises(TypeError):
+        store.replace(target, {"value": object()})
+    assert json.loads(target.read_text()) == {"value": 1}
+    store.replace(target, {"value": 2})
+    assert json.loads(target.read_text()) == {"value": 2}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class TestStages:
+    def run(self, tmp_path: Path, code: str, seconds: float, patience_s: float = 0.0):  # type: ignore[no-untyped-def]
+        command = [sys.executable, "-c", code]
+        return run_stage(command, tmp_path / "log", seconds, {"A": "b"}, tmp_path, patience_s)
+
+    def test_output_environment_and_status_are_kept(self, tmp_path: Path) -> None:
+        code = "import os, sys; print(os.environ['A'], flush=True); sys.exit(7)"
+        done = self.run(tmp_path, code, 20)
+        assert done.status == 7 and str(done).startswith("exit status 7 after")
+        assert (tmp_path / "log").read_text() == "b\n"
+
+    def test_a_signal_is_told_from_an_exit(self, tmp_path: Path) -> None:
+        done = self.run(tmp_path, "import os; os.kill(os.getpid(), 11)", 20)
+        assert done.status == -signal.SIGSEGV and "killed by signal 11" in str(done)
+
+    def test_time_ends_the_command_and_what_it_started(self, tmp_path: Path) -> None:
+        child = "import time, pathlib; time.sleep(3); pathlib.Path('late').touch()"
+        code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
+        start = time.monotonic()
+        done = self.run(tmp_path, code + "; time.sleep(60)", 1.0)
+        assert done.status is None and "stopped after 1 s" in str(done)
+        assert time.monotonic() - start < 3
+        time.sleep(max(0.0, start + 4.5 - time.monotonic()))
+        assert not (tmp_path / "late").exists()
+
+    def test_an_interrupted_command_can_write_its_results(self, tmp_path: Path) -> None:
+        code = (
+            "import time\ntry: time.sleep(60)\n"
+            "except KeyboardInterrupt: open('results', 'w').write('whole')"
+        )
+        done = self.run(tmp_path, code, 12.0, patience_s=10.0)
+        assert done.status is None and done.seconds < 10
+        assert (tmp_path / "results").read_text() == "whole"
+
+
+def quick_run(out: Path, *options: str, by: Sequence[str] = ("-m", "peft_kernels", "bench")):  # type: ignore[no-untyped-def]
+    # One thread: on a busy machine a second one is mostly waited for.
+    return subprocess.Popen(
+        [sys.executable, *by, "--quick", "--out", str(out), *options],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_quick_run_end_to_end(tmp_path: Path) -> None:
+    run = quick_run(tmp_path, "--suite", "all", "--seconds", "0.02", "--plot")
+    printed, progress = run.communicate(timeout=120)
+    assert run.returncode == 0, progress
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["quick"] is True
+    assert content["pinned"]["OMP_PROC_BIND"] == "true"
+    by_suite: dict[str, list[dict[str, object]]] = {}
+    for row in content["rows"]:
+        by_suite.setdefault(row["case"]["suite"], []).append(row)
+    assert {"cpu", "host", "memory"} <= set(by_suite)
+    timed = by_suite["cpu"] + by_suite["host"]
+    assert len(timed) == (8 + 2) * 2 * 4
+    assert all(row["status"] == "timed" and "passed" in str(row["note"]) for row in timed)
+    saved = {row["provider"]: row["saved_bytes"] for row in by_suite["memory"]}
+    assert saved["fused"] == 24 * 8 * 2 + 8
+    assert {each["target"] for each in content["figures"]} >= {"saved for backward beyond x: MiB"}
+    assert len(content["host_profile"]) == 4
+    for words in ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path)):
+        assert words in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
+    run = quick_run(tmp_path, by=("bench/run.py",))
+    assert run.stderr is not None
+    first = run.stderr.readline()
+    run.kill()
+    run.communicate()
+    assert first.startswith("[cpu 1/8]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+    run = quick_run(tmp_path, "--cases", "no such case")
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 2 and "no such case" in error
+    assert list(tmp_path.iterdir()) == []
