@@ -21,6 +21,11 @@ def end_all() -> None:
             os.killpg(group, signal.SIGKILL)
 
 
+def _heed_interrupts() -> None:
+    # A job started in the background of a shell is handed down SIGINT as ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a command ended: its exit status (negative: a signal), None if its time ran out."""
@@ -60,7 +65,7 @@ def run_stage(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=dict(environment), cwd=folder, start_new_session=True,
+            env=dict(environment), cwd=folder, start_new_session=True, preexec_fn=_heed_interrupts,
         )  # fmt: skip
         _running.add(process.pid)
         try:

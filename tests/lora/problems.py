@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from peft_kernels import lora_linear
 from peft_kernels.core import rng
 from tests.numerics import assert_as_accurate_as_eager
 
+OTHER_ORDERS = 4  # in which eager PyTorch adds, when it is the measure
 NAMES = ("y", "dx", "dweight", "da", "db", "dbias")
 
 
@@ -75,16 +76,62 @@ def problem(
     )
 
 
-def eager(given: Problem, inputs: list[Tensor]) -> Tensor:
-    """Return y as peft writes it, under the mask that the seed stands for."""
+def eager(given: Problem, inputs: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Return y as peft writes it, under the mask that the seed stands for, or another."""
     x, weight, lora_a, lora_b, *rest = inputs
     branch = x
     if given.dropout_p:
-        tokens = x.numel() // max(1, x.shape[-1])
-        mask = rng.dropout_mask(given.seed, tokens, x.shape[-1], given.dropout_p).view(x.shape)
-        branch = x * mask / (1.0 - given.dropout_p)
+        branch = x * (_mask(given) if mask is None else mask) / (1.0 - given.dropout_p)
     base = F.linear(x, weight, rest[0] if rest else None)
     return base + F.linear(F.linear(branch, lora_a), lora_b) * given.scale
+
+
+def _mask(given: Problem) -> Tensor:
+    tokens = given.x.numel() // max(1, given.x.shape[-1])
+    return rng.dropout_mask(given.seed, tokens, given.x.shape[-1], given.dropout_p).view(
+        given.x.shape
+    )
+
+
+def eager_in_another_order(given: Problem, dtype: torch.dtype, order: int) -> dict[str, Tensor]:
+    """Return y and every gradient of eager PyTorch, all sums added in an order drawn from a seed.
+
+    Tokens, features and rank are permuted before, and the results permuted back; y and dx have one
+    row for each token.
+    """
+    generator = torch.Generator().manual_seed(order)
+
+    def permutation(size: int) -> Tensor:
+        return torch.randperm(size, generator=generator).to(given.x.device)
+
+    x = given.x.flatten(0, -2)
+    tokens, inner = permutation(x.shape[0]), permutation(x.shape[1])
+    outer, rank = permutation(given.weight.shape[0]), permutation(given.lora_a.shape[0])
+    places = {
+        "y": (tokens, outer),
+        "dx": (tokens, inner),
+        "dweight": (outer, inner),
+        "da": (rank, inner),
+        "db": (outer, rank),
+        "dbias": (outer,),
+    }
+    permuted = replace(
+        given,
+        x=x[tokens][:, inner],
+        weight=given.weight[outer][:, inner],
+        lora_a=given.lora_a[rank][:, inner],
+        lora_b=given.lora_b[outer][:, rank],
+        bias=None if given.bias is None else given.bias[outer],
+        dy=given.dy.flatten(0, -2)[tokens][:, outer],
+    )
+    mask = _mask(given).flatten(0, -2)[tokens][:, inner] if given.dropout_p else None
+    inputs = permuted.inputs(dtype)
+    found = results(eager(permuted, inputs, mask), inputs, permuted.dy)
+    for name, value in found.items():
+        for dim, place in enumerate(places[name]):
+            value = value.index_select(dim, place.argsort())
+        found[name] = value
+    return found
 
 
 def fused(given: Problem, inputs: list[Tensor], backend: str | None) -> Tensor:
@@ -114,9 +161,11 @@ def check(given: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dy)
     narrow = given.inputs(dtype)
-    same_dtype = results(eager(given, narrow), narrow, given.dy)
+    same_dtype = [results(eager(given, narrow), narrow, given.dy)]
+    same_dtype += [eager_in_another_order(given, dtype, order) for order in range(OTHER_ORDERS)]
     own = given.inputs()
     actual = results(fused(given, own, backend), own, given.dy)
     for name, value in actual.items():
-        assert_as_accurate_as_eager(name, value, same_dtype[name], exact[name], dtype)
+        judged = [each[name].view(value.shape) for each in same_dtype]
+        assert_as_accurate_as_eager(name, value, judged, exact[name], dtype)
     return actual

@@ -85,7 +85,8 @@ def _check(given: Problem, backend: str) -> None:
     inputs = given.inputs()
     found = results(fused(given, inputs, backend), inputs, given.dy)
     assert found.keys() == exact.keys()
-    unit = torch.finfo(given.x.dtype).eps
+    # The float64 measure is rounded too: where float64 is judged, both errors count.
+    unit = torch.finfo(given.x.dtype).eps * (2 if given.x.dtype == torch.float64 else 1)
     for name, value in found.items():
         assert value.shape == exact[name].shape, name
         error, bound = (value.double() - exact[name]).abs(), 3 * unit * magnitude[name]
