@@ -110,9 +110,15 @@ def check_backend_name(value: object) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {value!r}")
 
 
+# os.environ.get raises and catches twice for a name that is not set: more host time than the choice
+# itself. The mapping beneath it, where Python has one, is asked first.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")  # type: ignore[attr-defined]
+
+
 def demanded(backend: str | None) -> str | None:
     """Return the demand in force: the argument, or ``PEFT_KERNELS_BACKEND``, or None."""
-    if backend is None:
+    if backend is None and _DEMAND in _environment:
         backend = os.environ.get("PEFT_KERNELS_BACKEND") or None
         if backend is not None and backend not in NAMES:
             raise ValueError(

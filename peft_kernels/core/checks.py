@@ -46,6 +46,29 @@ def check_tensor(name: str, value: object) -> Tensor:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def uniform(x: object, *others: Tensor | None) -> bool:
+    """Return whether all are plain dense tensors of one float dtype on one device.
+
+    The common call, told by the fewest attribute reads: ``check_tensor``, ``check_same_device`` and
+    ``compute_dtype`` without autocast have nothing to find then.
+    """
+    if type(x) not in _PLAIN:
+        return False
+    dtype, device, strided = x.dtype, x.device, torch.strided  # type: ignore[attr-defined]
+    if dtype not in FLOAT_DTYPES or x.layout is not strided or x.is_nested:  # type: ignore[attr-defined]
+        return False
+    for each in others:
+        if each is not None and (
+            type(each) not in _PLAIN
+            or each.dtype is not dtype
+            or each.device != device
+            or each.layout is not strided
+            or each.is_nested
+        ):
+            return False
+    return True
+
+
 def _refuse_wrapped(name: str, value: Tensor) -> None:
     kind = type(value)
     if kind.__name__ == "DTensor":

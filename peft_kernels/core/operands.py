@@ -6,22 +6,26 @@ import torch
 from torch import Tensor
 
 
-def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``value`` in ``dtype``: itself where it has that already."""
-    return value if value.dtype == dtype else value.to(dtype)
-
-
 def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x as [M, K] in ``dtype`` with unit inner stride: a view wherever that is possible."""
-    x = cast(x, dtype)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()
+
+
+def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``weight`` in ``dtype`` with a unit stride in one of its two dimensions."""
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    return weight if 1 in weight.stride() else weight.contiguous()
 
 
 def packed(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``value`` contiguous in ``dtype``."""
-    value = cast(value, dtype)
+    if value.dtype is not dtype:
+        value = value.to(dtype)
     return value if value.is_contiguous() else value.contiguous()
 
 

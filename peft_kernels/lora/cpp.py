@@ -35,6 +35,10 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.add_(torch.mm(left, right))
 
 
+def _is_small(tokens: int, weight: Tensor) -> bool:
+    return tokens * weight.numel() <= _SMALL_PRODUCT and weight.is_contiguous()
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -53,7 +57,7 @@ def forward(
 ) -> None:
     """Write y [M, N] and s [M, r]."""
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    whole = tokens * in_features * out_features <= _SMALL_PRODUCT and weight.is_contiguous()
+    whole = _is_small(tokens, weight)
     extension.load().lora_forward(
         x.dtype == torch.bfloat16, tokens, in_features, out_features, rank,
         x.data_ptr(), x.stride(0), lora_a.data_ptr(), lora_b.data_ptr(), _pointer(bias),
@@ -83,13 +87,13 @@ def backward(
     """Write the gradients that are not None."""
     half = torch.bfloat16
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]
-    a, b, c = wanted
+    whole = _is_small(tokens, weight)
+    a, b, c = wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]
     extension.load().lora_backward(
         x.dtype == half, tokens, in_features, out_features, rank,
         dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), s.data_ptr(),
-        lora_a.data_ptr(), lora_b.data_ptr(), float(scale) / (1.0 - dropout_p),
-        _pointer(seed), drop_threshold(dropout_p), _pointer(dx),
+        lora_a.data_ptr(), lora_b.data_ptr(), weight.data_ptr() if whole else 0,
+        float(scale) / (1.0 - dropout_p), _pointer(seed), drop_threshold(dropout_p), _pointer(dx),
         _pointer(a), a is not None and a.dtype == half,
         _pointer(b), b is not None and b.dtype == half,
         _pointer(c), c is not None and c.dtype == half,
@@ -97,7 +101,7 @@ def backward(
     for gradient, served in zip((da, db, dbias), wanted, strict=True):
         if gradient is not None and served is not None and served is not gradient:
             gradient.copy_(served)
-    if dx is not None:
+    if dx is not None and not whole:
         _add_product(dx, dy, weight)
     if dweight is not None:
         torch.mm(dy.t(), x, out=dweight)

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import as_rows, cast, narrow, packed, rows, widen
+from peft_kernels.core.operands import as_rows, matrix, narrow, packed, rows, widen
 from peft_kernels.lora import cpp, reference
 
 
@@ -69,11 +69,6 @@ LORA_LINEAR = backends.Op(
 )
 
 
-def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = cast(weight, dtype)
-    return weight if 1 in weight.stride() else weight.contiguous()
-
-
 def run_forward(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +92,7 @@ def run_forward(
     spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     backends.select(LORA_LINEAR, spec, backend).forward(
         rows(x, dtype),
-        _matrix(weight, dtype),
+        matrix(weight, dtype),
         packed(lora_a, dtype),
         packed(lora_b, dtype),
         None if bias is None else packed(bias, dtype),
@@ -144,7 +139,7 @@ def run_backward(
         rows(dy, dtype),
         rows(x, dtype),
         s,
-        _matrix(weight, dtype),
+        matrix(weight, dtype),
         packed(lora_a, dtype),
         packed(lora_b, dtype),
         seed,

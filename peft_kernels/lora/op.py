@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
+from peft_kernels.core.library import eager_apply
 from peft_kernels.core.operands import gradient_of
 from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
 
@@ -42,8 +43,9 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         """Return y [..., N] in ``dtype``, the one that is computed in."""
         leading = x.shape[:-1]
-        y = x.new_empty((*leading, weight.shape[0]), dtype=dtype)
-        s = x.new_empty((math.prod(leading), lora_a.shape[0]), dtype=dtype)
+        like = x if x.dtype is dtype else x.new_empty(0, dtype=dtype)
+        y = like.new_empty((*leading, weight.shape[0]))
+        s = like.new_empty((math.prod(leading), lora_a.shape[0]))
         lora_forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, backend, y, s)
         scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed, scale_tensor)
@@ -72,6 +74,9 @@ class LoRALinearFunction(torch.autograd.Function):
             dx, da, db, dbias, dweight,
         )  # fmt: skip
         return dx, dweight, da, db, dbias, None, None, None, None, None
+
+
+_apply = eager_apply(LoRALinearFunction)
 
 
 def lora_linear(
@@ -130,7 +135,7 @@ def lora_linear(
         >>> lora_linear(x, weight, lora_a, lora_b, scale=2.0).shape
         torch.Size([2, 5, 16])
     """
-    dtype = _check(x, weight, lora_a, lora_b, bias)
+    dtype, autocast = _check(x, weight, lora_a, lora_b, bias)
     factor = checks.check_scale("scale", scale)
     probability = checks.check_probability("dropout_p", dropout_p) if training else 0.0
     backends.check_backend_name(backend)
@@ -142,20 +147,36 @@ def lora_linear(
     traced = torch.compiler.is_compiling()
     run_scale = torch.full((), factor, dtype=torch.float32, device=x.device) if traced else factor
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
-    if not checks.autocast_enabled(x.device.type):
-        return LoRALinearFunction.apply(*arguments)
+    if not autocast:
+        return _apply(*arguments)
     with torch.autocast(x.device.type, enabled=False):
-        return LoRALinearFunction.apply(*arguments)
+        return _apply(*arguments)
 
 
 def _check(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
-) -> torch.dtype:
-    """Check the tensors of a call and return the dtype to compute in."""
-    checks.check_tensor("x", x)
-    checks.check_tensor("weight", weight)
-    checks.check_tensor("lora_a", lora_a)
-    checks.check_tensor("lora_b", lora_b)
+) -> tuple[torch.dtype, bool]:
+    """Check the tensors of a call; return the dtype to compute in and whether autocast is on."""
+    uniform = checks.uniform(x, weight, lora_a, lora_b, bias)
+    if not uniform:
+        checks.check_tensor("x", x)
+        checks.check_tensor("weight", weight)
+        checks.check_tensor("lora_a", lora_a)
+        checks.check_tensor("lora_b", lora_b)
+        if bias is not None:
+            checks.check_tensor("bias", bias)
+    _check_shapes(x, weight, lora_a, lora_b, bias)
+    autocast = checks.autocast_enabled(x.device.type)
+    if uniform and not autocast:
+        return x.dtype, False
+    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    checks.check_same_device(named, x.device)
+    return checks.compute_dtype(x, named, exact=("weight",)), autocast
+
+
+def _check_shapes(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     checks.check_ndim("weight", weight, 2, "[N, K]")
@@ -180,13 +201,8 @@ def _check(
             f"lora_b must have shape [{out_features}, {rank}] to fit weight "
             f"{list(weight.shape)} and lora_a {list(lora_a.shape)}, got {list(lora_b.shape)}"
         )
-    if bias is not None:
-        checks.check_tensor("bias", bias)
-        if bias.shape != (out_features,):
-            raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
-    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    checks.check_same_device(named, x.device)
-    return checks.compute_dtype(x, named, exact=("weight",))
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
 
 
 def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str | None]:
@@ -195,7 +211,7 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     bound.apply_defaults()
     given = bound.arguments
     x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
-    dtype = _check(x, weight, lora_a, given["lora_b"], given["bias"])
+    dtype, _ = _check(x, weight, lora_a, given["lora_b"], given["bias"])
     checks.check_scale("scale", given["scale"])
     checks.check_probability("dropout_p", given["dropout_p"])
     backends.check_backend_name(given["backend"])
