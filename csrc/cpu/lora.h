@@ -25,7 +25,7 @@ struct LoRAForward {
   bool dropout;
   uint64_t seed;
   uint32_t threshold;
-  void* y;              // [tokens, out_features], contiguous: bias + s B^T (+ x W^T)
+  void* y;              // [tokens, out_features], contiguous: += bias + s B^T; with a weight: all of y
   void* s;              // [tokens, rank], contiguous: factor * (mask * x) A^T
 };
 
@@ -41,7 +41,7 @@ struct LoRABackward {
   bool dropout;
   uint64_t seed;
   uint32_t threshold;
-  void* dx;             // [tokens, in_features] or null: mask * (ds A), without dy W
+  void* dx;             // [tokens, in_features] or null: += mask * (ds A)
   void* da;             // [rank, in_features] or null
   void* db;             // [out_features, rank] or null
   void* dbias;          // [out_features] or null
@@ -50,8 +50,5 @@ struct LoRABackward {
 
 void lora_forward(const LoRAForward& call);
 void lora_backward(const LoRABackward& call);
-
-// "avx512", "avx2" or "default": the clone that runs on this CPU.
-const char* vector_level();
 
 }  // namespace pk
