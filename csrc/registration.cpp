@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/lora.h"
+#include "cpu/vector_level.h"
 
 namespace {
 
@@ -28,15 +29,15 @@ uint64_t seed_of(const OptionalTensor& seed) {
   return seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())) : 0;
 }
 
-// y += a b by the GEMM library.
-void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), 1.0, 1.0));
+// y = a b by the GEMM library.
+void make_product(const Tensor& y, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), a.get(), b.get()));
 }
 
 void cpu_lora_forward(
     Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, OptionalTensor bias, OptionalTensor seed,
     double factor, int64_t threshold, Tensor y, Tensor s) {
+  make_product(y, x, torch::stable::transpose(weight, 0, 1));
   pk::lora_forward(pk::LoRAForward{
       .type = type_of(x),
       .tokens = x.size(0),
@@ -55,13 +56,13 @@ void cpu_lora_forward(
       .y = y.data_ptr(),
       .s = s.data_ptr(),
   });
-  add_product(y, x, torch::stable::transpose(weight, 0, 1));
 }
 
 void cpu_lora_backward(
     Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor lora_a, Tensor lora_b, OptionalTensor seed,
     double factor, int64_t threshold, OptionalTensor dx, OptionalTensor da, OptionalTensor db,
     OptionalTensor dbias) {
+  if (dx) make_product(*dx, dy, weight);
   pk::lora_backward(pk::LoRABackward{
       .type = type_of(x),
       .tokens = x.size(0),
@@ -73,6 +74,7 @@ void cpu_lora_backward(
       .s = s.data_ptr(),
       .lora_a = lora_a.data_ptr(),
       .lora_b = lora_b.data_ptr(),
+      .weight = nullptr,
       .factor = static_cast<float>(factor),
       .dropout = seed.has_value(),
       .seed = seed_of(seed),
@@ -85,7 +87,6 @@ void cpu_lora_backward(
       .db_type = db ? type_of(*db) : pk::Type::kFloat32,
       .dbias_type = dbias ? type_of(*dbias) : pk::Type::kFloat32,
   });
-  if (dx) add_product(*dx, dy, weight);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
@@ -124,6 +125,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of peft_kernels";
   m.def("build_info", &build_info, "What this module was built with.");
   m.def(
+      "use_native",
+      [](bool on) {
+        pk::use_native(on);
+        return pk::native_bfloat16();
+      },
+      "Let AVX-512 code written by hand run where the CPU has it; returns whether bfloat16 does now.");
+  m.def(
       "lora_forward",
       [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,
          uintptr_t x, int64_t x_stride, uintptr_t lora_a, uintptr_t lora_b, uintptr_t bias,
@@ -154,8 +162,8 @@ PYBIND11_MODULE(_C, m) {
       "lora_backward",
       [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,
          uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
-         uintptr_t lora_a, uintptr_t lora_b, float factor, uintptr_t seed, uint32_t threshold,
-         uintptr_t dx, uintptr_t da, bool da_bfloat16, uintptr_t db, bool db_bfloat16,
+         uintptr_t lora_a, uintptr_t lora_b, uintptr_t weight, float factor, uintptr_t seed,
+         uint32_t threshold, uintptr_t dx, uintptr_t da, bool da_bfloat16, uintptr_t db, bool db_bfloat16,
          uintptr_t dbias, bool dbias_bfloat16) {
         py::gil_scoped_release release;
         pk::lora_backward(pk::LoRABackward{
@@ -169,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
             .s = pointer(s),
             .lora_a = pointer(lora_a),
             .lora_b = pointer(lora_b),
+            .weight = pointer(weight),
             .factor = factor,
             .dropout = seed != 0,
             .seed = seed ? *static_cast<const uint64_t*>(pointer(seed)) : 0,

@@ -25,7 +25,7 @@ struct LoRAForward {
   bool dropout;
   uint64_t seed;
   uint32_t threshold;
-  void* y;              // [tokens, out_features], contiguous: bias + s B^T (+ x W^T)
+  void* y;              // [tokens, out_features], contiguous: += bias + s B^T; with a weight: all of y
   void* s;              // [tokens, rank], contiguous: factor * (mask * x) A^T
 };
 
@@ -37,11 +37,12 @@ struct LoRABackward {
   const void* s;        // [tokens, rank], contiguous
   const void* lora_a;
   const void* lora_b;
+  const void* weight;   // null, or row-major [out_features, in_features]: then dx is complete
   float factor;
   bool dropout;
   uint64_t seed;
   uint32_t threshold;
-  void* dx;             // [tokens, in_features] or null: mask * (ds A), without dy W
+  void* dx;             // [tokens, in_features] or null: += mask * (ds A); with a weight: all of dx
   void* da;             // [rank, in_features] or null
   void* db;             // [out_features, rank] or null
   void* dbias;          // [out_features] or null
@@ -50,8 +51,5 @@ struct LoRABackward {
 
 void lora_forward(const LoRAForward& call);
 void lora_backward(const LoRABackward& call);
-
-// "avx512", "avx2" or "default": the clone that runs on this CPU.
-const char* vector_level();
 
 }  // namespace pk

@@ -1,152 +1,186 @@
 // The three products of a low-rank factor with a block of rows, and the block itself.
 //
-// A block is kRows rows by kDepth columns of an activation, widened to float32 (and masked by
-// dropout) once, then used for every product while it lies in the first-level cache:
+// A block is up to kRows rows by kDepth columns of an activation, staged (and masked by dropout)
+// once, then used for every product while it lies in the first-level cache:
 //
-//   project   S[m, j]  += sum_k V[m, k] P[k, j]     (s = x A^T, ds = dy B)
-//   gradient  G[k, j]  += sum_m V[m, k] L[m, j]     (dA = x^T ds, dB = dy^T s)
-//   expand    Y[m, n]   = sum_j S[m, j] Q[j, n]     (s B^T, ds A)
+//   project   S[m, j]  += sum_k V[m, k] P[k, j]          (s = x A^T, ds = dy B)
+//   gradient  G[k, j]  += sum_m V[m, k] L[m, j]          (dA = x^T ds, dB = dy^T s)
+//   expand    Y[m, n]  += bias + sum_j S[m, j] Q[j, n]   (s B^T, ds A)
 //
-// Ranks are padded to kLanes, so that one vector holds sixteen of them. A sum is made in blocks, each
-// from zero and then added: shorter chains of float32 additions than one running sum.
+// Portable widens to float32; lowrank_bf16.h has the same products on bfloat16 itself. Ranks are
+// padded to kLanes, so that one vector holds sixteen of them. A sum is made in blocks, each from
+// zero and then added: shorter chains of float32 additions than one running sum.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "philox.h"
 #include "vec.h"
 
 namespace pk {
 
-constexpr int64_t kRows = 16;
-constexpr int64_t kDepth = 128;
 constexpr int64_t kStrip = 8;
-constexpr int64_t kChain = 32;  // additions in a row
+constexpr int64_t kChain = 32;            // additions in a row
+constexpr int64_t kColumns = 4 * kLanes;  // P and Q are padded to a multiple, G to kStrip
 
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
-// V[kRows, kDepth] = rows x columns of x, zero beyond `rows` and `depth`.
-template <typename T>
-PK_INLINE void widen(const T* x, int64_t stride, int64_t rows, int64_t depth, float* v) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const T* in = x + m * stride;
-    float* out = v + m * kDepth;
-    for (int64_t k = 0; k < depth; ++k) out[k] = to_float(in[k]);
-    for (int64_t k = depth; k < kDepth; ++k) out[k] = 0.0f;
-  }
-  std::fill(v + rows * kDepth, v + kRows * kDepth, 0.0f);
-}
-
-// Zero the dropped elements of V; keep[m, k] holds all ones or zero.
-PK_INLINE void apply_mask(const uint32_t* keep, int64_t keep_stride, int64_t rows, float* v) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const uint32_t* mask = keep + m * keep_stride;
-    float* out = v + m * kDepth;
-    for (int64_t k = 0; k < kDepth; ++k) {
-      uint32_t bits;
-      std::memcpy(&bits, out + k, sizeof(bits));
-      bits &= mask[k];
-      std::memcpy(out + k, &bits, sizeof(bits));
-    }
-  }
-}
-
-// S[kRows, ranks] += V P, P being [depth, ranks] (ranks a multiple of kLanes).
-PK_INLINE void project(const float* v, const float* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
-  for (int64_t m = 0; m < rows; m += kStrip) {
-    for (int64_t j = 0; j < ranks; j += kLanes) {
-      const float* column = v + m * kDepth;
-      vf total[kStrip] = {};
-      for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
-        vf acc[kStrip] = {};
-        const int64_t k1 = std::min(depth, k0 + kChain);
-        for (int64_t k = k0; k < k1; ++k) {
-          const vf weights = load(p + k * ranks + j);
-          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += column[i * kDepth + k] * weights;
-        }
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) total[i] += acc[i];
-      }
-      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(s + (m + i) * ranks + j, total[i]);
-    }
-  }
-}
-
-// G[depth rounded up to kStrip, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`.
-PK_INLINE void gradient(const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
-  for (int64_t k = 0; k < depth; k += kStrip) {
-    for (int64_t j = 0; j < ranks; j += kLanes) {
-      vf acc[kStrip] = {};
-      for (int64_t m = 0; m < rows; ++m) {
-        const vf factor = load(l + m * ranks + j);
-        const float* row = v + m * kDepth + k;
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += row[i] * factor;
-      }
-      PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(g + (k + i) * ranks + j, acc[i]);
-    }
-  }
-}
-
 template <typename T>
 PK_INLINE void store_row(const float* from, int64_t count, T* to) {
-  for (int64_t n = 0; n < count; ++n) from_float(from[n], to + n);
+  for (int64_t n = 0; n < count; ++n) from_float(from[n] + to_float(to[n]), to + n);
 }
 
-// Y[rows, columns] = S Q + bias under an optional mask. Q is [ranks, q_stride] and bias [q_stride],
-// q_stride a multiple of 2 * kLanes, zero beyond `columns`; S has row stride s_stride.
 template <typename T>
-PK_INLINE void expand(
-    const float* s, int64_t s_stride, const float* q, int64_t q_stride, const float* bias,
-    const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
-    T* y, int64_t y_stride) {
-  constexpr int64_t kWide = 2 * kLanes;
-  for (int64_t n = 0; n < columns; n += kWide) {
-    const int64_t count = std::min(kWide, columns - n);
+struct Portable {
+  using Element = T;
+  using Work = float;
+  static constexpr int64_t kRows = 16;
+  static constexpr int64_t kForwardRows = 16;
+
+  // Where element (i, j) of P, Q or L lies, i being the index of the reduction.
+  static PK_INLINE int64_t at(int64_t i, int64_t j, int64_t stride) { return i * stride + j; }
+  static PK_INLINE float work(T value) { return to_float(value); }
+
+  // V[rows, kDepth] = rows x columns of x, zero beyond `depth` and in the rows of the last strip.
+  static PK_INLINE void stage(const T* x, int64_t stride, int64_t rows, int64_t depth, float* v) {
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* in = x + m * stride;
+      float* out = v + m * kDepth;
+      for (int64_t k = 0; k < depth; ++k) out[k] = to_float(in[k]);
+      for (int64_t k = depth; k < kDepth; ++k) out[k] = 0.0f;
+    }
+    std::fill(v + rows * kDepth, v + kRows * kDepth, 0.0f);
+  }
+
+  // Zero the dropped elements of V; keep[m, k] holds all ones or zero.
+  static PK_INLINE void apply_mask(const uint32_t* keep, int64_t rows, float* v) {
+    for (int64_t i = 0; i < rows * kDepth; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, v + i, sizeof(bits));
+      bits &= keep[i];
+      std::memcpy(v + i, &bits, sizeof(bits));
+    }
+  }
+
+  // S[kRows, ranks] += V P, P being [depth, ranks] (ranks a multiple of kLanes).
+  static PK_INLINE void project(
+      const float* v, const float* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
     for (int64_t m = 0; m < rows; m += kStrip) {
-      float tile[kStrip * kWide];
-      for (int64_t j0 = 0; j0 < ranks; j0 += kChain) {
-        vf low[kStrip] = {}, high[kStrip] = {};
-        const int64_t j1 = std::min(ranks, j0 + kChain);
-        for (int64_t j = j0; j < j1; ++j) {
-          const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
-          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
-            const float factor = s[(m + i) * s_stride + j];
-            low[i] += factor * first;
-            high[i] += factor * second;
+      for (int64_t j = 0; j < ranks; j += kLanes) {
+        const float* column = v + m * kDepth;
+        vf total[kStrip] = {};
+        for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+          vf acc[kStrip] = {};
+          const int64_t k1 = std::min(depth, k0 + kChain);
+          for (int64_t k = k0; k < k1; ++k) {
+            const vf weights = load(p + k * ranks + j);
+            PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += column[i * kDepth + k] * weights;
           }
+          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) total[i] += acc[i];
         }
-        // What the sum so far is: of the first block the bias, of the others the tile.
-        const float* before = j0 ? tile : bias;
-        const int64_t stride = j0 ? kWide : 0, start = j0 ? 0 : n;
-        PK_UNROLL for (int64_t i = 0; before && i < kStrip; ++i) {
-          low[i] += load(before + start + i * stride);
-          high[i] += load(before + start + i * stride + kLanes);
-        }
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
-          store(tile + i * kWide, low[i]);
-          store(tile + i * kWide + kLanes, high[i]);
-        }
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(s + (m + i) * ranks + j, total[i]);
       }
-      const int64_t valid = std::min(kStrip, rows - m);
-      for (int64_t i = 0; i < valid; ++i) {
-        float* line = tile + i * kWide;
-        if (keep) {
-          const uint32_t* mask = keep + (m + i) * keep_stride + n;
-          for (int64_t c = 0; c < kWide; ++c) {
-            uint32_t bits;
-            std::memcpy(&bits, line + c, sizeof(bits));
-            bits &= mask[c];
-            std::memcpy(line + c, &bits, sizeof(bits));
+    }
+  }
+
+  // G[depth rounded up to kStrip, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`.
+  static PK_INLINE void gradient(
+      const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
+    for (int64_t k = 0; k < depth; k += kStrip) {
+      for (int64_t j = 0; j < ranks; j += kLanes) {
+        vf acc[kStrip] = {};
+        for (int64_t m = 0; m < rows; ++m) {
+          const vf factor = load(l + m * ranks + j);
+          const float* row = v + m * kDepth + k;
+          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += row[i] * factor;
+        }
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(g + (k + i) * ranks + j, acc[i]);
+      }
+    }
+  }
+
+  // Y[rows, columns] += S Q + bias under an optional mask. Q is [ranks, q_stride] and bias
+  // [q_stride], q_stride a multiple of kColumns, zero beyond `columns`; S has row stride s_stride.
+  static PK_INLINE void expand(
+      const float* s, int64_t s_stride, const float* q, int64_t q_stride, const float* bias,
+      const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
+      T* y, int64_t y_stride) {
+    constexpr int64_t kWide = 2 * kLanes;
+    for (int64_t n = 0; n < columns; n += kWide) {
+      const int64_t count = std::min(kWide, columns - n);
+      for (int64_t m = 0; m < rows; m += kStrip) {
+        float tile[kStrip * kWide];
+        for (int64_t j0 = 0; j0 < ranks; j0 += kChain) {
+          vf low[kStrip] = {}, high[kStrip] = {};
+          const int64_t j1 = std::min(ranks, j0 + kChain);
+          for (int64_t j = j0; j < j1; ++j) {
+            const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
+            PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+              const float factor = s[(m + i) * s_stride + j];
+              low[i] += factor * first;
+              high[i] += factor * second;
+            }
+          }
+          // What the sum so far is: of the first block the bias, of the others the tile.
+          const float* before = j0 ? tile : bias;
+          const int64_t stride = j0 ? kWide : 0, start = j0 ? 0 : n;
+          PK_UNROLL for (int64_t i = 0; before && i < kStrip; ++i) {
+            low[i] += load(before + start + i * stride);
+            high[i] += load(before + start + i * stride + kLanes);
+          }
+          PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+            store(tile + i * kWide, low[i]);
+            store(tile + i * kWide + kLanes, high[i]);
           }
         }
-        T* out = y + (m + i) * y_stride + n;
-        if (count == kWide) {
-          store_row(line, kWide, out);
-        } else {
-          store_row(line, count, out);
+        const int64_t valid = std::min(kStrip, rows - m);
+        for (int64_t i = 0; i < valid; ++i) {
+          float* line = tile + i * kWide;
+          if (keep) {
+            const uint32_t* mask = keep + (m + i) * keep_stride + n;
+            for (int64_t c = 0; c < kWide; ++c) {
+              uint32_t bits;
+              std::memcpy(&bits, line + c, sizeof(bits));
+              bits &= mask[c];
+              std::memcpy(line + c, &bits, sizeof(bits));
+            }
+          }
+          T* out = y + (m + i) * y_stride + n;
+          if (count == kWide) {
+            store_row(line, kWide, out);
+          } else {
+            store_row(line, count, out);
+          }
         }
       }
     }
   }
+};
+
+// [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
+template <typename K>
+std::vector<typename K::Work> packed(const void* from, int64_t rows, int64_t columns, int64_t stride) {
+  std::vector<typename K::Work> to(round_up(rows, 2) * stride);
+  const auto* in = static_cast<const typename K::Element*>(from);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[K::at(i, j, stride)] = K::work(in[i * columns + j]);
+  return to;
+}
+
+// The transpose of [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
+template <typename K>
+std::vector<typename K::Work> packed_transpose(
+    const void* from, int64_t rows, int64_t columns, int64_t stride) {
+  std::vector<typename K::Work> to(round_up(columns, 2) * stride);
+  const auto* in = static_cast<const typename K::Element*>(from);
+  constexpr int64_t kTile = 32;
+  for (int64_t i0 = 0; i0 < rows; i0 += kTile)
+    for (int64_t j0 = 0; j0 < columns; j0 += kTile)
+      for (int64_t j = j0; j < std::min(columns, j0 + kTile); ++j)
+        for (int64_t i = i0; i < std::min(rows, i0 + kTile); ++i)
+          to[K::at(j, i, stride)] = K::work(in[i * columns + j]);
+  return to;
 }
 
 }  // namespace pk

@@ -1,8 +1,8 @@
 """Launchers of the C++ CPU backend: the low-rank part in ``_C``, x Wᵀ by the GEMM library.
 
-``_C`` writes ``bias + s Bᵀ`` (in backward ``mask * (ds A)``) first and the GEMM adds its product
-with beta = 1, so that the low-rank part makes no pass over y of its own. Products too small for a
-GEMM call are made in ``_C`` altogether.
+The GEMM makes its product first and ``_C`` adds ``bias + s Bᵀ`` (in backward ``mask * (ds A)``) in
+place: a GEMM that adds to what is there (beta = 1) was measured to cost more than this pass. Products
+too small for a GEMM call are made in ``_C`` altogether.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_kernels.core import extension
 from peft_kernels.core.rng import drop_threshold
 
-# Multiply-adds of x Wᵀ up to which calling the GEMM library costs more than the product.
+# Multiply-adds up to which calling the GEMM library costs more than the product.
 _SMALL_PRODUCT = 1 << 15
 
 
@@ -24,19 +24,9 @@ def why_not(dtype: torch.dtype) -> str | None:
     return extension.why_not()
 
 
-# Rows up to which the library makes a product as one axpy per term, each rounded into the output.
-_FEW_ROWS = 3
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if out.shape[0] > _FEW_ROWS:
-        out.addmm_(left, right)
-    else:
-        out.add_(torch.mm(left, right))
-
-
-def _is_small(tokens: int, weight: Tensor) -> bool:
-    return tokens * weight.numel() <= _SMALL_PRODUCT and weight.is_contiguous()
+def _is_small(tokens: int, weight: Tensor, rank: int) -> bool:
+    work = weight.numel() + rank * (weight.shape[0] + weight.shape[1])
+    return tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -57,15 +47,15 @@ def forward(
 ) -> None:
     """Write y [M, N] and s [M, r]."""
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    whole = _is_small(tokens, weight)
+    small = _is_small(tokens, weight, rank)
+    if not small:
+        torch.mm(x, weight.t(), out=y)
     extension.load().lora_forward(
         x.dtype == torch.bfloat16, tokens, in_features, out_features, rank,
         x.data_ptr(), x.stride(0), lora_a.data_ptr(), lora_b.data_ptr(), _pointer(bias),
-        weight.data_ptr() if whole else 0, float(scale) / (1.0 - dropout_p),
+        weight.data_ptr() if small else 0, float(scale) / (1.0 - dropout_p),
         _pointer(seed), drop_threshold(dropout_p), y.data_ptr(), s.data_ptr(),
     )  # fmt: skip
-    if not whole:
-        _add_product(y, x, weight.t())
 
 
 def backward(
@@ -87,12 +77,14 @@ def backward(
     """Write the gradients that are not None."""
     half = torch.bfloat16
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    whole = _is_small(tokens, weight)
+    small = _is_small(tokens, weight, rank)
+    if dx is not None and not small:
+        torch.mm(dy, weight, out=dx)
     a, b, c = wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]
     extension.load().lora_backward(
         x.dtype == half, tokens, in_features, out_features, rank,
         dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), s.data_ptr(),
-        lora_a.data_ptr(), lora_b.data_ptr(), weight.data_ptr() if whole else 0,
+        lora_a.data_ptr(), lora_b.data_ptr(), weight.data_ptr() if small else 0,
         float(scale) / (1.0 - dropout_p), _pointer(seed), drop_threshold(dropout_p), _pointer(dx),
         _pointer(a), a is not None and a.dtype == half,
         _pointer(b), b is not None and b.dtype == half,
@@ -101,8 +93,6 @@ def backward(
     for gradient, served in zip((da, db, dbias), wanted, strict=True):
         if gradient is not None and served is not None and served is not gradient:
             gradient.copy_(served)
-    if dx is not None and not whole:
-        _add_product(dx, dy, weight)
     if dweight is not None:
         torch.mm(dy.t(), x, out=dweight)
 

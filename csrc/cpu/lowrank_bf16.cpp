@@ -1,0 +1,181 @@
+#include "lowrank_bf16.h"
+
+#ifdef PK_NATIVE
+// GCC 12 warns of the deliberately undefined operands inside its own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#define PK_NATIVE_INLINE PK_NATIVE inline __attribute__((always_inline))
+
+namespace pk {
+namespace {
+
+PK_NATIVE_INLINE __m512bh pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+// One pair of a row in every lane.
+PK_NATIVE_INLINE __m512bh one_pair(const bfloat16* p) {
+  int bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+// S[rows i, vectors of ranks] += V P for R rows and C vectors.
+template <int R, int C>
+PK_NATIVE_INLINE void project_tile(
+    const bfloat16* v, const bfloat16* p, int64_t count, int64_t ranks, float* s) {
+  __m512 acc[R][C] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    __m512bh weights[C];
+    PK_UNROLL for (int c = 0; c < C; ++c) weights[c] = pairs(p + 2 * (k * ranks + c * kLanes));
+    PK_UNROLL for (int i = 0; i < R; ++i) {
+      const __m512bh value = one_pair(v + i * kDepth + 2 * k);
+      PK_UNROLL for (int c = 0; c < C; ++c)
+        acc[i][c] = _mm512_dpbf16_ps(acc[i][c], value, weights[c]);
+    }
+  }
+  PK_UNROLL for (int i = 0; i < R; ++i)
+    PK_UNROLL for (int c = 0; c < C; ++c) {
+      float* to = s + i * ranks + c * kLanes;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), acc[i][c]));
+    }
+}
+
+// G[columns k of V, vectors of ranks] += V^T L for R columns and C vectors.
+template <int R, int C>
+PK_NATIVE_INLINE void gradient_tile(
+    const bfloat16* vt, const bfloat16* l, int64_t count, int64_t ranks, float* g) {
+  __m512 acc[R][C];
+  PK_UNROLL for (int i = 0; i < R; ++i)
+    PK_UNROLL for (int c = 0; c < C; ++c) acc[i][c] = _mm512_loadu_ps(g + i * ranks + c * kLanes);
+  for (int64_t m = 0; m < count; ++m) {
+    __m512bh factors[C];
+    PK_UNROLL for (int c = 0; c < C; ++c) factors[c] = pairs(l + 2 * (m * ranks + c * kLanes));
+    PK_UNROLL for (int i = 0; i < R; ++i) {
+      const __m512bh value = one_pair(vt + 2 * (m * kDepth + i));
+      PK_UNROLL for (int c = 0; c < C; ++c)
+        acc[i][c] = _mm512_dpbf16_ps(acc[i][c], value, factors[c]);
+    }
+  }
+  PK_UNROLL for (int i = 0; i < R; ++i)
+    PK_UNROLL for (int c = 0; c < C; ++c) _mm512_storeu_ps(g + i * ranks + c * kLanes, acc[i][c]);
+}
+
+// Rows 2 m and 2 m + 1 of V side by side: [rows / 2][kDepth][2].
+PK_NATIVE_INLINE void interleave(const bfloat16* v, int64_t count, bfloat16* vt) {
+  alignas(64) int16_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<int16_t>(i / 2 + (i % 2) * 32);
+  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t k = 0; k < kDepth; k += 32) {
+      const bfloat16* from = v + 2 * m * kDepth + k;
+      const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + kDepth);
+      bfloat16* to = vt + 2 * (m * kDepth + k);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, high, odd));
+    }
+}
+
+PK_NATIVE_INLINE __m512 widened(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Add 32 columns of float32 (and the bias, after the mask's zeros where there is one) to Y.
+PK_NATIVE_INLINE void add_row(
+    __m512 low, __m512 high, const float* bias, const uint32_t* keep, __mmask32 valid, bfloat16* y) {
+  if (bias) {
+    low = _mm512_add_ps(low, _mm512_loadu_ps(bias));
+    high = _mm512_add_ps(high, _mm512_loadu_ps(bias + kLanes));
+  }
+  if (keep) {
+    low = _mm512_and_ps(low, _mm512_loadu_ps(keep));
+    high = _mm512_and_ps(high, _mm512_loadu_ps(keep + kLanes));
+  }
+  const __m512i before = _mm512_maskz_loadu_epi16(valid, y);
+  low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
+  high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
+  _mm512_mask_storeu_epi16(y, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+PK_NATIVE_INLINE __mmask32 first(int64_t count) {
+  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+}  // namespace
+
+PK_NATIVE void NativeBFloat16::stage(
+    const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < kDepth; k += 32)
+      _mm512_storeu_si512(
+          v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), x + m * stride + k));
+  // The tiles take kStrip or twice as many rows.
+  std::memset(v + rows * kDepth, 0, (round_up(rows, 2 * kStrip) - rows) * kDepth * sizeof(bfloat16));
+}
+
+PK_NATIVE void NativeBFloat16::apply_mask(const uint32_t* keep, int64_t rows, bfloat16* v) {
+  for (int64_t i = 0; i < rows * kDepth; i += kLanes) {
+    const __m256i mask = _mm512_cvtepi32_epi16(_mm512_loadu_si512(keep + i));
+    __m256i* to = reinterpret_cast<__m256i*>(v + i);
+    _mm256_storeu_si256(to, _mm256_and_si256(_mm256_loadu_si256(to), mask));
+  }
+}
+
+PK_NATIVE void NativeBFloat16::project(
+    const bfloat16* v, const bfloat16* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
+  const int64_t count = (depth + 1) / 2;
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= ranks; j += 2 * kLanes)
+    for (int64_t m = 0; m < rows; m += kStrip)
+      project_tile<kStrip, 2>(v + m * kDepth, p + 2 * j, count, ranks, s + m * ranks + j);
+  for (int64_t m = 0; j < ranks && m < rows; m += 2 * kStrip)
+    project_tile<2 * kStrip, 1>(v + m * kDepth, p + 2 * j, count, ranks, s + m * ranks + j);
+}
+
+PK_NATIVE void NativeBFloat16::gradient(
+    const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
+  alignas(64) bfloat16 vt[kRows * kDepth];
+  const int64_t count = (rows + 1) / 2;
+  interleave(v, count, vt);
+  for (int64_t k = 0; k < depth; k += kStrip) {
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= ranks; j += 2 * kLanes)
+      gradient_tile<kStrip, 2>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
+    if (j < ranks) gradient_tile<kStrip, 1>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
+  }
+}
+
+PK_NATIVE void NativeBFloat16::expand(
+    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride, const float* bias,
+    const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
+    bfloat16* y, int64_t y_stride) {
+  constexpr int R = 4, C = 4;
+  const int64_t count = (ranks + 1) / 2;
+  for (int64_t n = 0; n < columns; n += C * kLanes) {
+    for (int64_t m = 0; m < rows; m += R) {
+      __m512 acc[R][C] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        __m512bh weights[C];
+        PK_UNROLL for (int c = 0; c < C; ++c)
+          weights[c] = pairs(q + 2 * (j * q_stride + n + c * kLanes));
+        PK_UNROLL for (int i = 0; i < R; ++i) {
+          const __m512bh value = one_pair(s + (m + i) * s_stride + 2 * j);
+          PK_UNROLL for (int c = 0; c < C; ++c)
+            acc[i][c] = _mm512_dpbf16_ps(acc[i][c], value, weights[c]);
+        }
+      }
+      PK_UNROLL for (int i = 0; i < R; ++i) {
+        if (m + i >= rows) break;
+        PK_UNROLL for (int c = 0; c < C; c += 2) {
+          const int64_t column = n + c * kLanes;
+          add_row(
+              acc[i][c], acc[i][c + 1], bias ? bias + column : nullptr,
+              keep ? keep + (m + i) * keep_stride + column : nullptr, first(columns - column),
+              y + (m + i) * y_stride + column);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pk
+#endif  // PK_NATIVE
