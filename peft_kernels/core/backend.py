@@ -64,10 +64,17 @@ class Backend:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """A public function's name and the backends that can run it."""
+    """A public function's name and the backends that can run it.
+
+    Attributes:
+        name: of the public function.
+        backends: best first, for every device.
+        spec: makes the spec of a plain tuple of its fields, where calls are told by such a tuple.
+    """
 
     name: str
     backends: tuple[Backend, ...]
+    spec: Callable[..., Any] | None = None
 
     def order(self, device_type: str) -> tuple[Backend, ...]:
         """Return the backends considered for a device type, best first."""
@@ -113,7 +120,7 @@ def check_backend_name(value: object) -> None:
 # os.environ.get raises and catches twice for a name that is not set: more host time than the choice
 # itself. The mapping beneath it, where Python has one, is asked first.
 _environment: Any = getattr(os.environ, "_data", os.environ)
-_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")  # type: ignore[attr-defined]
+_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")
 
 
 def demanded(backend: str | None) -> str | None:
@@ -127,12 +134,13 @@ def demanded(backend: str | None) -> str | None:
     return backend
 
 
-def select(op: Op, spec: Spec, backend: str | None = None) -> Backend:
+def select(op: Op, spec: Any, backend: str | None = None) -> Backend:
     """Return the backend that runs ``op`` for ``spec``.
 
     Args:
         op: the op.
-        spec: what the op's ``why_not`` functions look at.
+        spec: what the op's ``why_not`` functions look at, or a plain tuple of its fields: the spec
+            is then made only where there is no choice yet, which takes less than making it.
         backend: a demand, or None for the first backend without a reason against it.
 
     Raises:
@@ -141,13 +149,20 @@ def select(op: Op, spec: Spec, backend: str | None = None) -> Backend:
     """
     demand = demanded(backend)
     chosen = _choose(op, spec, demand)
-    if demand is None and chosen.name == "reference" and spec.device.type == "cuda":
-        _fell_back(op, spec)
+    if demand is None and chosen.name == "reference":
+        spec = _whole(op, spec)
+        if spec.device.type == "cuda":
+            _fell_back(op, spec)
     return chosen
 
 
+def _whole(op: Op, spec: Any) -> Any:
+    return spec if op.spec is None else op.spec(*spec)
+
+
 @functools.lru_cache(maxsize=4096)
-def _choose(op: Op, spec: Spec, demand: str | None) -> Backend:
+def _choose(op: Op, spec: Any, demand: str | None) -> Backend:
+    spec = _whole(op, spec)
     if demand is not None:
         chosen = op.find(demand)
         if chosen is not None and _reason(chosen, spec) is None:

@@ -146,9 +146,12 @@ def check_same_device(names_and_tensors: dict[str, Tensor | None], device: torch
             )
 
 
-def autocast_enabled(device_type: str) -> bool:
-    """Return whether autocast is on for a device type; never for one that has no autocast."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+def autocast_enabled(device: torch.device) -> bool:
+    """Return whether autocast is on for a device; never for one that has no autocast."""
+    # Whether it is on anywhere is the shorter question.
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def compute_dtype(
@@ -164,7 +167,7 @@ def compute_dtype(
         TypeError: dtypes that cannot mix, with the way out.
     """
     device_type, dtype = x.device.type, x.dtype
-    if autocast_enabled(device_type) and dtype != torch.float64:
+    if autocast_enabled(x.device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     for name, value in named.items():
         if value is None or value.dtype == dtype:

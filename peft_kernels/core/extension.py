@@ -39,6 +39,7 @@ def why_not() -> str | None:
     return _import()[1]
 
 
+@functools.cache
 def load() -> ModuleType:
     """Return ``_C``.
 

@@ -31,6 +31,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def drop_threshold(p: float) -> int:
     """Return the uint32 bound of probability ``p``: an element is kept iff its word reaches it."""
+    if p == 0.0:
+        return 0
     return min(round(p * 2**32), _LOW)
 
 

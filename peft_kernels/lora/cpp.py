@@ -1,8 +1,8 @@
 """Launchers of the C++ CPU backend: the low-rank part in ``_C``, x Wᵀ by the GEMM library.
 
 The GEMM makes its product first and ``_C`` adds ``bias + s Bᵀ`` (in backward ``mask * (ds A)``) in
-place: a GEMM that adds to what is there (beta = 1) was measured to cost more than this pass. Products
-too small for a GEMM call are made in ``_C`` altogether.
+place: a GEMM that adds to what is there (beta = 1) was measured to cost more than this pass.
+Products too small for a GEMM call are made in ``_C`` altogether.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ def why_not(dtype: torch.dtype) -> str | None:
     return extension.why_not()
 
 
-def _is_small(tokens: int, weight: Tensor, rank: int) -> bool:
-    work = weight.numel() + rank * (weight.shape[0] + weight.shape[1])
-    return tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
-
-
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -47,7 +42,8 @@ def forward(
 ) -> None:
     """Write y [M, N] and s [M, r]."""
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    small = _is_small(tokens, weight, rank)
+    work = in_features * out_features + rank * (in_features + out_features)
+    small = tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
     if not small:
         torch.mm(x, weight.t(), out=y)
     extension.load().lora_forward(
@@ -77,7 +73,8 @@ def backward(
     """Write the gradients that are not None."""
     half = torch.bfloat16
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    small = _is_small(tokens, weight, rank)
+    work = in_features * out_features + rank * (in_features + out_features)
+    small = tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
     if dx is not None and not small:
         torch.mm(dy, weight, out=dx)
     a, b, c = wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]

@@ -66,6 +66,7 @@ LORA_LINEAR = backends.Op(
         backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
+    LoRASpec,
 )
 
 
@@ -89,7 +90,7 @@ def run_forward(
         y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
         s.zero_()
         return
-    spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     backends.select(LORA_LINEAR, spec, backend).forward(
         rows(x, dtype),
         matrix(weight, dtype),
@@ -131,7 +132,7 @@ def run_backward(
         if dbias is not None:
             dbias.copy_(dy.reshape(tokens, out_features).sum(0))
         return
-    spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     # Under autocast x and weight may be wider than what is computed in.
     dx_narrow = narrow(dx, dtype)
     dweight_narrow = narrow(dweight, dtype)

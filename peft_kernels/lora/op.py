@@ -42,16 +42,16 @@ class LoRALinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         """Return y [..., N] in ``dtype``, the one that is computed in."""
-        leading = x.shape[:-1]
+        *leading, _ = x.shape
         like = x if x.dtype is dtype else x.new_empty(0, dtype=dtype)
-        y = like.new_empty((*leading, weight.shape[0]))
-        s = like.new_empty((math.prod(leading), lora_a.shape[0]))
+        # Sizes one by one: a tuple of them costs half as much again.
+        y = like.new_empty(*leading, weight.shape[0])
+        s = like.new_empty(math.prod(leading), lora_a.shape[0])
         lora_forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, backend, y, s)
         scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed, scale_tensor)
-        ctx.scale = None if scale_tensor is not None else scale
-        ctx.dropout_p, ctx.backend = dropout_p, backend
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.options = None if scale_tensor is not None else scale, dropout_p, backend, bias_dtype
         return y
 
     @staticmethod
@@ -61,17 +61,16 @@ class LoRALinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 10
         x, weight, lora_a, lora_b, s, seed, scale = ctx.saved_tensors
-        if scale is None:
-            scale = ctx.scale
+        number, dropout_p, backend, bias_dtype = ctx.options
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         dx = gradient_of(x) if need_x else None
         dweight = gradient_of(weight) if need_weight else None
         da = gradient_of(lora_a) if need_a else None
         db = gradient_of(lora_b) if need_b else None
-        dbias = dy.new_empty(weight.shape[0], dtype=ctx.bias_dtype) if need_bias else None
+        dbias = dy.new_empty(weight.shape[0], dtype=bias_dtype) if need_bias else None
         lora_backward(
-            dy, x, s, weight, lora_a, lora_b, seed, scale, ctx.dropout_p, ctx.backend,
-            dx, da, db, dbias, dweight,
+            dy, x, s, weight, lora_a, lora_b, seed, number if scale is None else scale, dropout_p,
+            backend, dx, da, db, dbias, dweight,
         )  # fmt: skip
         return dx, dweight, da, db, dbias, None, None, None, None, None
 
@@ -166,7 +165,7 @@ def _check(
         if bias is not None:
             checks.check_tensor("bias", bias)
     _check_shapes(x, weight, lora_a, lora_b, bias)
-    autocast = checks.autocast_enabled(x.device.type)
+    autocast = checks.autocast_enabled(x.device)
     if uniform and not autocast:
         return x.dtype, False
     named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
@@ -179,11 +178,12 @@ def _check_shapes(
 ) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
-    checks.check_ndim("weight", weight, 2, "[N, K]")
-    checks.check_ndim("lora_a", lora_a, 2, "[r, K]")
-    checks.check_ndim("lora_b", lora_b, 2, "[N, r]")
+    if not weight.dim() == lora_a.dim() == lora_b.dim() == 2:
+        checks.check_ndim("weight", weight, 2, "[N, K]")
+        checks.check_ndim("lora_a", lora_a, 2, "[r, K]")
+        checks.check_ndim("lora_b", lora_b, 2, "[N, r]")
     out_features, in_features = weight.shape
-    rank = lora_a.shape[0]
+    rank, down_features = lora_a.shape
     if x.shape[-1] != in_features:
         raise ValueError(
             f"x must have shape [..., {in_features}] to fit weight {list(weight.shape)}, "
@@ -191,7 +191,7 @@ def _check_shapes(
         )
     if rank == 0:
         raise ValueError("lora_a must have a rank of at least 1, got shape [0, K]")
-    if lora_a.shape[1] != in_features:
+    if down_features != in_features:
         raise ValueError(
             f"lora_a must have shape [r, {in_features}] to fit weight {list(weight.shape)}, "
             f"got {list(lora_a.shape)}"
