@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bench import readme
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,3 +30,7 @@ def test_every_file_it_links_exists() -> None:
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert linked
     assert all((Path(__file__).parent.parent / name).exists() for name in linked)
+
+
+def test_its_figures_are_those_of_the_result_file_it_names() -> None:
+    assert readme.fill(README, readme.source_of(README)) == README
