@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace pk {
+#include "parts.h"
 
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+namespace pk {
 
 // A matrix of `Type` elements with unit inner stride; strides are in elements.
 struct Matrix {
@@ -42,10 +42,9 @@ struct LoRABackward {
   uint64_t seed;
   uint32_t threshold;
   void* dx;             // [tokens, in_features] or null: += mask * (ds A)
-  void* da;             // [rank, in_features] or null
-  void* db;             // [out_features, rank] or null
-  void* dbias;          // [out_features] or null
-  Type da_type, db_type, dbias_type;
+  Gradient da;          // [rank, in_features]
+  Gradient db;          // [out_features, rank]
+  Gradient dbias;       // [out_features]
 };
 
 void lora_forward(const LoRAForward& call);

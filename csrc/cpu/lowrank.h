@@ -158,29 +158,4 @@ struct Portable {
   }
 };
 
-// [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
-template <typename K>
-std::vector<typename K::Work> packed(const void* from, int64_t rows, int64_t columns, int64_t stride) {
-  std::vector<typename K::Work> to(round_up(rows, 2) * stride);
-  const auto* in = static_cast<const typename K::Element*>(from);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) to[K::at(i, j, stride)] = K::work(in[i * columns + j]);
-  return to;
-}
-
-// The transpose of [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
-template <typename K>
-std::vector<typename K::Work> packed_transpose(
-    const void* from, int64_t rows, int64_t columns, int64_t stride) {
-  std::vector<typename K::Work> to(round_up(columns, 2) * stride);
-  const auto* in = static_cast<const typename K::Element*>(from);
-  constexpr int64_t kTile = 32;
-  for (int64_t i0 = 0; i0 < rows; i0 += kTile)
-    for (int64_t j0 = 0; j0 < columns; j0 += kTile)
-      for (int64_t j = j0; j < std::min(columns, j0 + kTile); ++j)
-        for (int64_t i = i0; i < std::min(rows, i0 + kTile); ++i)
-          to[K::at(j, i, stride)] = K::work(in[i * columns + j]);
-  return to;
-}
-
 }  // namespace pk

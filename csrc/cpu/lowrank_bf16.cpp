@@ -79,9 +79,13 @@ PK_NATIVE_INLINE __m512 widened(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Add 32 columns of float32 (and the bias, after the mask's zeros where there is one) to Y.
+PK_NATIVE_INLINE __mmask32 first(int64_t count) {
+  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// Add 32 columns of float32, with the bias and under dropout's mask, to the first `count` of Y.
 PK_NATIVE_INLINE void add_row(
-    __m512 low, __m512 high, const float* bias, const uint32_t* keep, __mmask32 valid, bfloat16* y) {
+    __m512 low, __m512 high, const float* bias, const uint32_t* keep, int64_t count, bfloat16* y) {
   if (bias) {
     low = _mm512_add_ps(low, _mm512_loadu_ps(bias));
     high = _mm512_add_ps(high, _mm512_loadu_ps(bias + kLanes));
@@ -90,14 +94,16 @@ PK_NATIVE_INLINE void add_row(
     low = _mm512_and_ps(low, _mm512_loadu_ps(keep));
     high = _mm512_and_ps(high, _mm512_loadu_ps(keep + kLanes));
   }
-  const __m512i before = _mm512_maskz_loadu_epi16(valid, y);
+  const __mmask32 valid = first(count);
+  const __m512i before = count >= 32 ? _mm512_loadu_si512(y) : _mm512_maskz_loadu_epi16(valid, y);
   low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
   high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
-  _mm512_mask_storeu_epi16(y, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-PK_NATIVE_INLINE __mmask32 first(int64_t count) {
-  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
+  const __m512i sum = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (count >= 32) {
+    _mm512_storeu_si512(y, sum);
+  } else {
+    _mm512_mask_storeu_epi16(y, valid, sum);
+  }
 }
 
 }  // namespace
@@ -169,7 +175,7 @@ PK_NATIVE void NativeBFloat16::expand(
           const int64_t column = n + c * kLanes;
           add_row(
               acc[i][c], acc[i][c + 1], bias ? bias + column : nullptr,
-              keep ? keep + (m + i) * keep_stride + column : nullptr, first(columns - column),
+              keep ? keep + (m + i) * keep_stride + column : nullptr, columns - column,
               y + (m + i) * y_stride + column);
         }
       }
