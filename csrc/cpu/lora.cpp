@@ -144,11 +144,10 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
   float* da = plan.da + chunk * plan.da_rows * ranks;
   float* db = plan.db + chunk * plan.db_rows * ranks;
   float* dbias = plan.dbias + chunk * c.out_features;
-  std::fill_n(da, plan.da_rows * ranks, 0.0f);
-  std::fill_n(db, plan.db_rows * ranks, 0.0f);
   if (c.dbias.data) std::fill_n(dbias, c.out_features, 0.0f);
   const int64_t last = std::min(blocks_of(c.tokens, kRows), (chunk + 1) * plan.blocks_per_chunk);
   for (int64_t block = chunk * plan.blocks_per_chunk; block < last; ++block) {
+    const bool fresh = block == chunk * plan.blocks_per_chunk;
     const int64_t first = block * kRows, rows = std::min(kRows, c.tokens - first);
     std::fill(s.begin(), s.end(), Work{});
     std::fill(ds.begin(), ds.end(), Work{});
@@ -163,10 +162,8 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
       const int64_t depth = std::min(kDepth, c.out_features - n);
       K::stage(dy + n, c.dy.stride, rows, depth, v.data());
       if (need_ds) K::project(v.data(), plan.p + K::at(n, 0, ranks), rows, depth, ranks, sum.data());
-      if (c.db.data) K::gradient(v.data(), s.data(), rows, depth, ranks, db + n * ranks);
-      if (c.dbias.data)
-        for (int64_t m = 0; m < rows; ++m)
-          for (int64_t k = 0; k < depth; ++k) dbias[n + k] += to_float(v[m * kDepth + k]);
+      if (c.db.data) K::gradient(v.data(), s.data(), rows, depth, ranks, fresh, db + n * ranks);
+      if (c.dbias.data) add_column_sums(v.data(), rows, depth, dbias + n);
     }
     if (!need_ds) continue;
     for (int64_t m = 0; m < rows; ++m)
@@ -183,7 +180,7 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
       if (c.da.data) {
         K::stage(x + k, c.x.stride, rows, depth, v.data());
         if (c.dropout) K::apply_mask(keep.data(), rows, v.data());
-        K::gradient(v.data(), ds.data(), rows, depth, ranks, da + k * ranks);
+        K::gradient(v.data(), ds.data(), rows, depth, ranks, fresh, da + k * ranks);
       }
       if (c.dx)
         K::expand(
@@ -236,10 +233,10 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
   if (call.dx) q = packed<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
 
   BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};
-  plan.da_rows = call.da.data ? round_up(call.in_features, kStrip) : 0;
-  plan.db_rows = call.db.data ? round_up(call.out_features, kStrip) : 0;
+  plan.da_rows = call.da.data ? round_up(call.in_features, kGradientRows) : 0;
+  plan.db_rows = call.db.data ? round_up(call.out_features, kGradientRows) : 0;
   const int64_t part = (plan.da_rows + plan.db_rows) * ranks * static_cast<int64_t>(sizeof(float));
-  const Chunks split = chunks_of(blocks_of(call.tokens, K::kRows), part);
+  const Chunks split = chunks_of(call.tokens, K::kRows, part);
   plan.chunks = split.count;
   plan.blocks_per_chunk = split.blocks_per_chunk;
   const auto da = uninitialized<float>(plan.chunks * plan.da_rows * ranks);

@@ -21,14 +21,24 @@
 namespace pk {
 
 constexpr int64_t kStrip = 8;
+constexpr int64_t kGradientRows = 2 * kStrip;  // G is padded to a multiple
 constexpr int64_t kChain = 32;            // additions in a row
-constexpr int64_t kColumns = 4 * kLanes;  // P and Q are padded to a multiple, G to kStrip
+constexpr int64_t kColumns = 4 * kLanes;  // Q is padded to a multiple
 
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
 template <typename T>
 PK_INLINE void store_row(const float* from, int64_t count, T* to) {
   for (int64_t n = 0; n < count; ++n) from_float(from[n] + to_float(to[n]), to + n);
+}
+
+// sums[depth] += the sum over the rows of V.
+template <typename Work>
+PK_INLINE void add_column_sums(const Work* v, int64_t rows, int64_t depth, float* sums) {
+  float block[kDepth] = {};
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < kDepth; ++k) block[k] += to_float(v[m * kDepth + k]);
+  for (int64_t k = 0; k < depth; ++k) sums[k] += block[k];
 }
 
 template <typename T>
@@ -84,9 +94,11 @@ struct Portable {
     }
   }
 
-  // G[depth rounded up to kStrip, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`.
+  // G[depth rounded up to kGradientRows, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`;
+  // a fresh G is written, not added to.
   static PK_INLINE void gradient(
-      const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
+      const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
+      float* g) {
     for (int64_t k = 0; k < depth; k += kStrip) {
       for (int64_t j = 0; j < ranks; j += kLanes) {
         vf acc[kStrip] = {};
@@ -95,7 +107,10 @@ struct Portable {
           const float* row = v + m * kDepth + k;
           PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += row[i] * factor;
         }
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(g + (k + i) * ranks + j, acc[i]);
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+          float* to = g + (k + i) * ranks + j;
+          store(to, fresh ? acc[i] : load(to) + acc[i]);
+        }
       }
     }
   }

@@ -10,6 +10,8 @@
 namespace pk {
 namespace {
 
+constexpr int64_t kPiece = 32;  // columns interleaved at a time
+
 PK_NATIVE_INLINE __m512bh pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 // One pair of a row in every lane.
@@ -40,18 +42,19 @@ PK_NATIVE_INLINE void project_tile(
     }
 }
 
-// G[columns k of V, vectors of ranks] += V^T L for R columns and C vectors.
+// G[columns k of V, vectors of ranks] (+)= V^T L for R columns and C vectors.
 template <int R, int C>
 PK_NATIVE_INLINE void gradient_tile(
-    const bfloat16* vt, const bfloat16* l, int64_t count, int64_t ranks, float* g) {
-  __m512 acc[R][C];
-  PK_UNROLL for (int i = 0; i < R; ++i)
-    PK_UNROLL for (int c = 0; c < C; ++c) acc[i][c] = _mm512_loadu_ps(g + i * ranks + c * kLanes);
+    const bfloat16* vt, const bfloat16* l, int64_t count, int64_t ranks, bool fresh, float* g) {
+  __m512 acc[R][C] = {};
+  if (!fresh)
+    PK_UNROLL for (int i = 0; i < R; ++i)
+      PK_UNROLL for (int c = 0; c < C; ++c) acc[i][c] = _mm512_loadu_ps(g + i * ranks + c * kLanes);
   for (int64_t m = 0; m < count; ++m) {
     __m512bh factors[C];
     PK_UNROLL for (int c = 0; c < C; ++c) factors[c] = pairs(l + 2 * (m * ranks + c * kLanes));
     PK_UNROLL for (int i = 0; i < R; ++i) {
-      const __m512bh value = one_pair(vt + 2 * (m * kDepth + i));
+      const __m512bh value = one_pair(vt + 2 * (m * kPiece + i));
       PK_UNROLL for (int c = 0; c < C; ++c)
         acc[i][c] = _mm512_dpbf16_ps(acc[i][c], value, factors[c]);
     }
@@ -60,19 +63,17 @@ PK_NATIVE_INLINE void gradient_tile(
     PK_UNROLL for (int c = 0; c < C; ++c) _mm512_storeu_ps(g + i * ranks + c * kLanes, acc[i][c]);
 }
 
-// Rows 2 m and 2 m + 1 of V side by side: [rows / 2][kDepth][2].
+// Rows 2 m and 2 m + 1 of kPiece columns of V side by side: [rows / 2][kPiece][2].
 PK_NATIVE_INLINE void interleave(const bfloat16* v, int64_t count, bfloat16* vt) {
   alignas(64) int16_t order[64];
   for (int i = 0; i < 64; ++i) order[i] = static_cast<int16_t>(i / 2 + (i % 2) * 32);
   const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t k = 0; k < kDepth; k += 32) {
-      const bfloat16* from = v + 2 * m * kDepth + k;
-      const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + kDepth);
-      bfloat16* to = vt + 2 * (m * kDepth + k);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, high, odd));
-    }
+  for (int64_t m = 0; m < count; ++m) {
+    const bfloat16* from = v + 2 * m * kDepth;
+    const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + kDepth);
+    _mm512_store_si512(vt + 2 * m * kPiece, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(vt + 2 * m * kPiece + 32, _mm512_permutex2var_epi16(even, high, odd));
+  }
 }
 
 PK_NATIVE_INLINE __m512 widened(__m256i half) {
@@ -111,9 +112,11 @@ PK_NATIVE_INLINE void add_row(
 PK_NATIVE void NativeBFloat16::stage(
     const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v) {
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t k = 0; k < kDepth; k += 32)
-      _mm512_storeu_si512(
-          v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), x + m * stride + k));
+    for (int64_t k = 0; k < kDepth; k += 32) {
+      const bfloat16* from = x + m * stride + k;
+      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth), _MM_HINT_T0);  // of the next block
+      _mm512_storeu_si512(v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), from));
+    }
   // The tiles take kStrip or twice as many rows.
   std::memset(v + rows * kDepth, 0, (round_up(rows, 2 * kStrip) - rows) * kDepth * sizeof(bfloat16));
 }
@@ -138,15 +141,20 @@ PK_NATIVE void NativeBFloat16::project(
 }
 
 PK_NATIVE void NativeBFloat16::gradient(
-    const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
-  alignas(64) bfloat16 vt[kRows * kDepth];
+    const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
+    float* g) {
+  alignas(64) bfloat16 vt[kRows * kPiece];
   const int64_t count = (rows + 1) / 2;
-  interleave(v, count, vt);
-  for (int64_t k = 0; k < depth; k += kStrip) {
+  for (int64_t piece = 0; piece < depth; piece += kPiece) {
+    interleave(v + piece, count, vt);
+    const int64_t end = std::min(kPiece, depth - piece);
+    float* to = g + piece * ranks;
     int64_t j = 0;
     for (; j + 2 * kLanes <= ranks; j += 2 * kLanes)
-      gradient_tile<kStrip, 2>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
-    if (j < ranks) gradient_tile<kStrip, 1>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
+      for (int64_t k = 0; k < end; k += kStrip)
+        gradient_tile<kStrip, 2>(vt + 2 * k, l + 2 * j, count, ranks, fresh, to + k * ranks + j);
+    for (int64_t k = 0; j < ranks && k < end; k += 2 * kStrip)
+      gradient_tile<2 * kStrip, 1>(vt + 2 * k, l + 2 * j, count, ranks, fresh, to + k * ranks + j);
   }
 }
 

@@ -8,6 +8,7 @@ namespace pk {
 namespace {
 
 constexpr int64_t kChunks = 16;
+constexpr int64_t kFewestRows = 128;  // of a chunk: below, its part costs more than its products
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 constexpr int64_t kPiece = 4096;  // its sum stays in the first-level cache
 constexpr int64_t kTile = 128;
@@ -31,9 +32,10 @@ void write_tile(
 
 }  // namespace
 
-Chunks chunks_of(int64_t blocks, int64_t part_bytes) {
+Chunks chunks_of(int64_t rows, int64_t block_rows, int64_t part_bytes) {
+  const int64_t blocks = (rows + block_rows - 1) / block_rows;
   const int64_t fitting = part_bytes ? kPartialBytes / part_bytes : kChunks;
-  const int64_t wanted = std::max<int64_t>(1, std::min(kChunks, fitting));
+  const int64_t wanted = std::max<int64_t>(1, std::min({kChunks, fitting, rows / kFewestRows}));
   const int64_t each = (blocks + wanted - 1) / wanted;
   return {(blocks + each - 1) / each, each};
 }
