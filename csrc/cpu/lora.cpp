@@ -69,7 +69,7 @@ PK_INLINE void whole_rows(
   const int64_t stride = plan.q_stride;
   std::vector<float> y(rows * stride);
   Portable<float>::expand(
-      s, plan.ranks, plan.q, stride, plan.bias, nullptr, 0, rows, c.rank, c.out_features, y.data(),
+      s, plan.ranks, plan.q, stride, {.bias = plan.bias}, rows, c.rank, c.out_features, y.data(),
       stride);
   add_base_rows<T>(c, first, rows, y.data(), stride);
   T* out = static_cast<T*>(c.y) + first * c.out_features;
@@ -115,9 +115,11 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
         continue;
       }
     }
+    T* y = static_cast<T*>(c.y) + first * c.out_features;
     K::expand(
-        left.data(), ranks, plan.q, plan.q_stride, plan.bias, nullptr, 0, rows, c.rank,
-        c.out_features, static_cast<T*>(c.y) + first * c.out_features, c.out_features);
+        left.data(), ranks, plan.q, plan.q_stride,
+        {.bias = plan.bias, .before = y, .before_stride = c.out_features}, rows, c.rank,
+        c.out_features, y, c.out_features);
   }
 }
 
@@ -182,11 +184,15 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
         if (c.dropout) K::apply_mask(keep.data(), rows, v.data());
         K::gradient(v.data(), ds.data(), rows, depth, ranks, fresh, da + k * ranks);
       }
-      if (c.dx)
-        K::expand(
-            ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride, nullptr,
-            c.dropout ? keep.data() : nullptr, kDepth, rows, c.rank, depth,
-            static_cast<T*>(c.dx) + first * c.in_features + k, c.in_features);
+      if (!c.dx) continue;
+      T* dx = static_cast<T*>(c.dx) + first * c.in_features + k;
+      K::expand(
+          ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride,
+          {.keep = c.dropout ? keep.data() : nullptr,
+           .keep_stride = kDepth,
+           .before = dx,
+           .before_stride = c.in_features},
+          rows, c.rank, depth, dx, c.in_features);
     }
   }
 }

@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
-#include "parts.h"
+#include "tensors.h"
 
 namespace pk {
-
-// A matrix of `Type` elements with unit inner stride; strides are in elements.
-struct Matrix {
-  void* data;
-  int64_t stride;
-};
 
 struct LoRAForward {
   Type type;

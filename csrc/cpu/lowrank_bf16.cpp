@@ -84,21 +84,31 @@ PK_NATIVE_INLINE __mmask32 first(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// Add 32 columns of float32, with the bias and under dropout's mask, to the first `count` of Y.
-PK_NATIVE_INLINE void add_row(
-    __m512 low, __m512 high, const float* bias, const uint32_t* keep, int64_t count, bfloat16* y) {
-  if (bias) {
-    low = _mm512_add_ps(low, _mm512_loadu_ps(bias));
-    high = _mm512_add_ps(high, _mm512_loadu_ps(bias + kLanes));
+// Store 32 columns of float32, or the first `count`, after the epilogue.
+PK_NATIVE_INLINE void store_row(
+    __m512 low, __m512 high, const Epilogue<bfloat16>& after, int64_t row, int64_t column,
+    int64_t count, bfloat16* y) {
+  if (after.bias) {
+    low = _mm512_add_ps(low, _mm512_loadu_ps(after.bias + column));
+    high = _mm512_add_ps(high, _mm512_loadu_ps(after.bias + column + kLanes));
   }
-  if (keep) {
+  if (after.keep) {
+    const uint32_t* keep = after.keep + row * after.keep_stride + column;
     low = _mm512_and_ps(low, _mm512_loadu_ps(keep));
     high = _mm512_and_ps(high, _mm512_loadu_ps(keep + kLanes));
   }
+  if (after.factor) {
+    low = _mm512_mul_ps(low, _mm512_loadu_ps(after.factor + column));
+    high = _mm512_mul_ps(high, _mm512_loadu_ps(after.factor + column + kLanes));
+  }
   const __mmask32 valid = first(count);
-  const __m512i before = count >= 32 ? _mm512_loadu_si512(y) : _mm512_maskz_loadu_epi16(valid, y);
-  low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
-  high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
+  if (after.before) {
+    const bfloat16* from = after.before + row * after.before_stride + column;
+    const __m512i before =
+        count >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(valid, from);
+    low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
+    high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
+  }
   const __m512i sum = (__m512i)_mm512_cvtne2ps_pbh(high, low);
   if (count >= 32) {
     _mm512_storeu_si512(y, sum);
@@ -159,9 +169,9 @@ PK_NATIVE void NativeBFloat16::gradient(
 }
 
 PK_NATIVE void NativeBFloat16::expand(
-    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride, const float* bias,
-    const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
-    bfloat16* y, int64_t y_stride) {
+    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
+    const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
+    int64_t y_stride) {
   constexpr int R = 4, C = 4;
   const int64_t count = (ranks + 1) / 2;
   for (int64_t n = 0; n < columns; n += C * kLanes) {
@@ -181,9 +191,9 @@ PK_NATIVE void NativeBFloat16::expand(
         if (m + i >= rows) break;
         PK_UNROLL for (int c = 0; c < C; c += 2) {
           const int64_t column = n + c * kLanes;
-          add_row(
-              acc[i][c], acc[i][c + 1], bias ? bias + column : nullptr,
-              keep ? keep + (m + i) * keep_stride + column : nullptr, columns - column,
+          if (column >= columns) break;
+          store_row(
+              acc[i][c], acc[i][c + 1], after, m + i, column, columns - column,
               y + (m + i) * y_stride + column);
         }
       }

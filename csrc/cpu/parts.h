@@ -2,18 +2,11 @@
 // so that no result depends on the number of threads.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
+#include "tensors.h"
+
 namespace pk {
-
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
-
-// A gradient to be written, contiguous, or null.
-struct Gradient {
-  void* data;
-  Type type;
-};
 
 // How blocks of `block_rows` rows are split: a function of the shapes alone.
 struct Chunks {
