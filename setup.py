@@ -45,12 +45,9 @@ def extension() -> dict[str, Any]:
     say("compiling the CPU kernels; this version has no CUDA sources, Triton serves the GPU")
     module = CppExtension(
         "peft_kernels._C",
-        [
-            "csrc/registration.cpp",
-            *sorted(str(each.relative_to(ROOT)) for each in (ROOT / "csrc/cpu").glob("*.cpp")),
-        ],
+        files("csrc", "**/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=[str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.h")],
+        depends=files("csrc", "**/*.h"),
         extra_compile_args=[
             "-std=c++20",
             "-O3",
@@ -63,6 +60,11 @@ def extension() -> dict[str, Any]:
         ],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def files(folder: str, pattern: str) -> list[str]:
+    """Return the files of a folder, as setuptools wants them: relative to this one."""
+    return sorted(str(each.relative_to(ROOT)) for each in (ROOT / folder).glob(pattern))
 
 
 def version() -> str:

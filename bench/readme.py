@@ -41,7 +41,9 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| tokens x in x out, dtype, dropout | direction | " + " | ".join(_PROVIDERS.values()) + " |",
+        "| tokens x in x out, dtype, dropout | direction | "
+        + " | ".join(_PROVIDERS.values())
+        + " |",
         "|---|---|" + "---:|" * len(_PROVIDERS),
     ]
     found = {(row["case"]["name"], row["direction"], row["provider"]): row for row in rows}
@@ -110,6 +112,4 @@ def fill(text: str, source: Path) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bench.readme RESULT.json")
-    README.write_text(
-        fill(README.read_text(encoding="utf-8"), Path(sys.argv[1])), encoding="utf-8"
-    )
+    README.write_text(fill(README.read_text(encoding="utf-8"), Path(sys.argv[1])), encoding="utf-8")

@@ -25,6 +25,10 @@ pk::Type type_of(const Tensor& tensor) {
 
 void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
+pk::Gradient gradient_of(const OptionalTensor& tensor) {
+  return {data_of(tensor), tensor ? type_of(*tensor) : pk::Type::kFloat32};
+}
+
 uint64_t seed_of(const OptionalTensor& seed) {
   return seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())) : 0;
 }
@@ -80,12 +84,9 @@ void cpu_lora_backward(
       .seed = seed_of(seed),
       .threshold = static_cast<uint32_t>(threshold),
       .dx = data_of(dx),
-      .da = data_of(da),
-      .db = data_of(db),
-      .dbias = data_of(dbias),
-      .da_type = da ? type_of(*da) : pk::Type::kFloat32,
-      .db_type = db ? type_of(*db) : pk::Type::kFloat32,
-      .dbias_type = dbias ? type_of(*dbias) : pk::Type::kFloat32,
+      .da = gradient_of(da),
+      .db = gradient_of(db),
+      .dbias = gradient_of(dbias),
   });
 }
 
@@ -183,12 +184,9 @@ PYBIND11_MODULE(_C, m) {
             .seed = seed ? *static_cast<const uint64_t*>(pointer(seed)) : 0,
             .threshold = threshold,
             .dx = pointer(dx),
-            .da = pointer(da),
-            .db = pointer(db),
-            .dbias = pointer(dbias),
-            .da_type = type(da_bfloat16),
-            .db_type = type(db_bfloat16),
-            .dbias_type = type(dbias_bfloat16),
+            .da = {pointer(da), type(da_bfloat16)},
+            .db = {pointer(db), type(db_bfloat16)},
+            .dbias = {pointer(dbias), type(dbias_bfloat16)},
         });
       },
       "The low-rank gradients of lora_linear on raw pointers; see csrc/cpu/lora.h.");

@@ -7,8 +7,6 @@
 // shapes alone, so results do not depend on the number of threads.
 #include "lora.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -16,12 +14,11 @@
 #include "lora_small.h"
 #include "lowrank.h"
 #include "lowrank_bf16.h"
+#include "pack.h"
+#include "parts.h"
 
 namespace pk {
 namespace {
-
-constexpr int64_t kChunks = 16;
-constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
 int64_t blocks_of(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
 
@@ -64,9 +61,11 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
         from_float(s[m * ranks + j] * c.factor, &value);
         left[m * ranks + j] = K::work(value);
       }
+    T* y = static_cast<T*>(c.y) + first * c.out_features;
     K::expand(
-        left.data(), ranks, plan.q, plan.q_stride, plan.bias, nullptr, 0, rows, c.rank,
-        c.out_features, static_cast<T*>(c.y) + first * c.out_features, c.out_features);
+        left.data(), ranks, plan.q, plan.q_stride,
+        {.bias = plan.bias, .before = y, .before_stride = c.out_features}, rows, c.rank,
+        c.out_features, y, c.out_features);
   }
 }
 
@@ -86,18 +85,17 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
   const LoRABackward& c = *plan.call;
   const Dropout dropout{c.dropout, c.seed, c.threshold};
   const int64_t ranks = plan.ranks;
-  const bool need_ds = c.dx || c.da;
+  const bool need_ds = c.dx || c.da.data;
   std::vector<Work> v(kRows * kDepth), s(kRows * ranks), ds(kRows * ranks), ds_left(kRows * ranks);
   std::vector<float> sum(kRows * ranks);
   std::vector<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
   float* da = plan.da + chunk * plan.da_rows * ranks;
   float* db = plan.db + chunk * plan.db_rows * ranks;
   float* dbias = plan.dbias + chunk * c.out_features;
-  std::fill_n(da, plan.da_rows * ranks, 0.0f);
-  std::fill_n(db, plan.db_rows * ranks, 0.0f);
-  if (c.dbias) std::fill_n(dbias, c.out_features, 0.0f);
+  if (c.dbias.data) std::fill_n(dbias, c.out_features, 0.0f);
   const int64_t last = std::min(blocks_of(c.tokens, kRows), (chunk + 1) * plan.blocks_per_chunk);
   for (int64_t block = chunk * plan.blocks_per_chunk; block < last; ++block) {
+    const bool fresh = block == chunk * plan.blocks_per_chunk;
     const int64_t first = block * kRows, rows = std::min(kRows, c.tokens - first);
     std::fill(s.begin(), s.end(), Work{});
     std::fill(ds.begin(), ds.end(), Work{});
@@ -112,10 +110,8 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
       const int64_t depth = std::min(kDepth, c.out_features - n);
       K::stage(dy + n, c.dy.stride, rows, depth, v.data());
       if (need_ds) K::project(v.data(), plan.p + K::at(n, 0, ranks), rows, depth, ranks, sum.data());
-      if (c.db) K::gradient(v.data(), s.data(), rows, depth, ranks, db + n * ranks);
-      if (c.dbias)
-        for (int64_t m = 0; m < rows; ++m)
-          for (int64_t k = 0; k < depth; ++k) dbias[n + k] += to_float(v[m * kDepth + k]);
+      if (c.db.data) K::gradient(v.data(), s.data(), rows, depth, ranks, fresh, db + n * ranks);
+      if (c.dbias.data) add_column_sums(v.data(), rows, depth, dbias + n);
     }
     if (!need_ds) continue;
     for (int64_t m = 0; m < rows; ++m)
@@ -129,16 +125,20 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
     for (int64_t k = 0; k < c.in_features; k += kDepth) {
       const int64_t depth = std::min(kDepth, c.in_features - k);
       if (c.dropout) draw_keep(dropout, first, rows, c.in_features, k, keep.data());
-      if (c.da) {
+      if (c.da.data) {
         K::stage(x + k, c.x.stride, rows, depth, v.data());
         if (c.dropout) K::apply_mask(keep.data(), rows, v.data());
-        K::gradient(v.data(), ds.data(), rows, depth, ranks, da + k * ranks);
+        K::gradient(v.data(), ds.data(), rows, depth, ranks, fresh, da + k * ranks);
       }
-      if (c.dx)
-        K::expand(
-            ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride, nullptr,
-            c.dropout ? keep.data() : nullptr, kDepth, rows, c.rank, depth,
-            static_cast<T*>(c.dx) + first * c.in_features + k, c.in_features);
+      if (!c.dx) continue;
+      T* dx = static_cast<T*>(c.dx) + first * c.in_features + k;
+      K::expand(
+          ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride,
+          {.keep = c.dropout ? keep.data() : nullptr,
+           .keep_stride = kDepth,
+           .before = dx,
+           .before_stride = c.in_features},
+          rows, c.rank, depth, dx, c.in_features);
     }
   }
 }
@@ -157,42 +157,16 @@ PK_DRIVERS(bfloat16, Portable<bfloat16>)
 PK_DRIVERS(native, NativeBFloat16)
 #endif
 
-void write(float value, void* to, int64_t index, Type type) {
-  if (type == Type::kFloat32) {
-    static_cast<float*>(to)[index] = value;
-  } else {
-    from_float(value, static_cast<bfloat16*>(to) + index);
-  }
-}
-
-// Elements [begin, end) of the first part become the sum over all parts, in order.
-PK_CLONES void add_parts(float* parts, int64_t chunks, int64_t size, int64_t begin, int64_t end) {
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    const float* part = parts + chunk * size;
-    for (int64_t i = begin; i < end; ++i) parts[i] += part[i];
-  }
-}
-
-void sum_parts(float* parts, int64_t chunks, int64_t size) {
-  constexpr int64_t kPiece = 4096;  // its sum stays in the first-level cache
-  if (chunks == 1 || size == 0) return;
-  torch::stable::parallel_for(0, (size + kPiece - 1) / kPiece, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece)
-      add_parts(parts, chunks, size, piece * kPiece, std::min(size, (piece + 1) * kPiece));
-  });
-}
-
 template <typename K>
 void forward_as(const LoRAForward& call, void (*blocks)(const ForwardPlan<K>&, int64_t, int64_t)) {
   const int64_t ranks = round_up(call.rank, kLanes);
   const int64_t q_stride = round_up(call.out_features, kColumns);
-  const auto p = packed_transpose<K>(call.lora_a, call.rank, call.in_features, ranks);
-  const auto q = packed_transpose<K>(call.lora_b, call.out_features, call.rank, q_stride);
-  std::vector<float> bias;
+  const auto p = packed<K>(call.lora_a, 1, call.in_features, call.in_features, call.rank, ranks);
+  const auto q = packed<K>(call.lora_b, 1, call.rank, call.rank, call.out_features, q_stride);
+  std::unique_ptr<float[]> bias;
   if (call.bias)
-    bias = packed<Portable<typename K::Element>>(call.bias, 1, call.out_features, q_stride);
-  const ForwardPlan<K> plan{
-      &call, ranks, q_stride, p.data(), q.data(), call.bias ? bias.data() : nullptr};
+    bias = packed<Portable<typename K::Element>>(call.bias, 0, 1, 1, call.out_features, q_stride);
+  const ForwardPlan<K> plan{&call, ranks, q_stride, p.get(), q.get(), bias.get()};
   const int64_t count = blocks_of(call.tokens, K::kForwardRows);
   if (count == 1) {
     blocks(plan, 0, 1);
@@ -202,28 +176,24 @@ void forward_as(const LoRAForward& call, void (*blocks)(const ForwardPlan<K>&, i
   }
 }
 
-// float32 elements left as they are: every chunk clears its own.
-std::unique_ptr<float[]> parts_of(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
-
 template <typename K>
 void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&, int64_t, int64_t)) {
   const int64_t ranks = round_up(call.rank, kLanes);
   const int64_t q_stride = round_up(call.in_features, kDepth);
-  const auto p = packed<K>(call.lora_b, call.out_features, call.rank, ranks);
-  std::vector<typename K::Work> q;
-  if (call.dx) q = packed<K>(call.lora_a, call.rank, call.in_features, q_stride);
+  const auto p = packed<K>(call.lora_b, call.rank, 1, call.out_features, call.rank, ranks);
+  std::unique_ptr<typename K::Work[]> q;
+  if (call.dx) q = packed<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
 
-  BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.data(), q.data(), nullptr, nullptr, nullptr};
-  plan.da_rows = call.da ? round_up(call.in_features, kStrip) : 0;
-  plan.db_rows = call.db ? round_up(call.out_features, kStrip) : 0;
+  BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};
+  plan.da_rows = call.da.data ? round_up(call.in_features, kGradientRows) : 0;
+  plan.db_rows = call.db.data ? round_up(call.out_features, kGradientRows) : 0;
   const int64_t part = (plan.da_rows + plan.db_rows) * ranks * static_cast<int64_t>(sizeof(float));
-  const int64_t blocks = blocks_of(call.tokens, K::kRows);
-  const int64_t wanted = std::max<int64_t>(1, std::min(kChunks, part ? kPartialBytes / part : kChunks));
-  plan.blocks_per_chunk = (blocks + wanted - 1) / wanted;
-  plan.chunks = (blocks + plan.blocks_per_chunk - 1) / plan.blocks_per_chunk;
-  const auto da = parts_of(plan.chunks * plan.da_rows * ranks);
-  const auto db = parts_of(plan.chunks * plan.db_rows * ranks);
-  const auto dbias = parts_of(call.dbias ? plan.chunks * call.out_features : 0);
+  const Chunks split = chunks_of(call.tokens, K::kRows, part);
+  plan.chunks = split.count;
+  plan.blocks_per_chunk = split.blocks_per_chunk;
+  const auto da = uninitialized<float>(plan.chunks * plan.da_rows * ranks);
+  const auto db = uninitialized<float>(plan.chunks * plan.db_rows * ranks);
+  const auto dbias = uninitialized<float>(call.dbias.data ? plan.chunks * call.out_features : 0);
   plan.da = da.get();
   plan.db = db.get();
   plan.dbias = dbias.get();
@@ -236,15 +206,11 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
 
   sum_parts(plan.da, plan.chunks, plan.da_rows * ranks);
   sum_parts(plan.db, plan.chunks, plan.db_rows * ranks);
-  sum_parts(plan.dbias, plan.chunks, call.dbias ? call.out_features : 0);
-  for (int64_t j = 0; call.da && j < call.rank; ++j)
-    for (int64_t k = 0; k < call.in_features; ++k)
-      write(da[k * ranks + j], call.da, j * call.in_features + k, call.da_type);
-  for (int64_t n = 0; call.db && n < call.out_features; ++n)
-    for (int64_t j = 0; j < call.rank; ++j)
-      write(db[n * ranks + j], call.db, n * call.rank + j, call.db_type);
-  for (int64_t n = 0; call.dbias && n < call.out_features; ++n)
-    write(dbias[n], call.dbias, n, call.dbias_type);
+  sum_parts(plan.dbias, plan.chunks, call.dbias.data ? call.out_features : 0);
+  // da is the transpose of what was summed.
+  write_gradient(plan.da, 1, ranks, call.rank, call.in_features, call.da);
+  write_gradient(plan.db, ranks, 1, call.out_features, call.rank, call.db);
+  write_gradient(plan.dbias, 0, 1, 1, call.out_features, call.dbias);
 }
 
 }  // namespace

@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
+#include "tensors.h"
+
 namespace pk {
-
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
-
-// A matrix of `Type` elements with unit inner stride; strides are in elements.
-struct Matrix {
-  void* data;
-  int64_t stride;
-};
 
 struct LoRAForward {
   Type type;
@@ -43,10 +37,9 @@ struct LoRABackward {
   uint64_t seed;
   uint32_t threshold;
   void* dx;             // [tokens, in_features] or null: += mask * (ds A); with a weight: all of dx
-  void* da;             // [rank, in_features] or null
-  void* db;             // [out_features, rank] or null
-  void* dbias;          // [out_features] or null
-  Type da_type, db_type, dbias_type;
+  Gradient da;          // [rank, in_features]
+  Gradient db;          // [out_features, rank]
+  Gradient dbias;       // [out_features]
 };
 
 void lora_forward(const LoRAForward& call);

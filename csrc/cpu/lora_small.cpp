@@ -1,5 +1,5 @@
 // All of a LoRA product too small for a GEMM call, base product included, one row after another: no
-// packing, no threads, and no memory but one buffer that its thread keeps.
+// packing, no threads, and no memory but one buffer that its thread keeps. For few rows: gradients are sums of sums of eight.
 #include "lora_small.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lowrank.h"
+#include "parts.h"
 
 namespace pk {
 namespace {
@@ -112,16 +113,6 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
   }
 }
 
-void write_as(const float* from, int64_t count, void* to, Type type) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (type == Type::kFloat32) {
-      static_cast<float*>(to)[i] = from[i];
-    } else {
-      from_float(from[i], static_cast<bfloat16*>(to) + i);
-    }
-  }
-}
-
 // The gradients of the factors: sums over a block of rows, added to the sums over all of them.
 struct Sums {
   float *da, *db, *dbias;  // [R, K], [N, R], [N]
@@ -136,12 +127,12 @@ PK_INLINE void backward_row(const LoRABackward& c, int64_t m, float* buffer, con
   float* dy = ds + ranks;
   widen_row(static_cast<const T*>(c.dy.data) + m * c.dy.stride, N, dy);
   widen_row(static_cast<const T*>(c.s) + m * R, R, s);
-  for (int64_t n = 0; c.db && n < N; ++n) add_scaled(dy[n], s, R, sums.db + n * R);
-  for (int64_t n = 0; c.dbias && n < N; ++n) sums.dbias[n] += dy[n];
-  if (!c.dx && !c.da) return;
+  for (int64_t n = 0; c.db.data && n < N; ++n) add_scaled(dy[n], s, R, sums.db + n * R);
+  for (int64_t n = 0; c.dbias.data && n < N; ++n) sums.dbias[n] += dy[n];
+  if (!c.dx && !c.da.data) return;
   combine(dy, static_cast<const T*>(c.lora_b), N, R, ds);
   for (int64_t j = 0; j < R; ++j) ds[j] = rounded<T>(c.factor * ds[j]);
-  if (c.da) {
+  if (c.da.data) {
     widen_row(static_cast<const T*>(c.x.data) + m * c.x.stride, K, x);
     if (c.dropout) drop_row(dropout, m, K, x);
     for (int64_t j = 0; j < R; ++j) add_scaled(ds[j], x, K, sums.da + j * K);
@@ -157,20 +148,20 @@ PK_INLINE void backward_row(const LoRABackward& c, int64_t m, float* buffer, con
 template <typename T>
 PK_INLINE void backward_rows(const LoRABackward& c) {
   const int64_t K = c.in_features, N = c.out_features, R = c.rank;
-  const int64_t da = c.da ? R * K : 0, db = c.db ? N * R : 0, dbias = c.dbias ? N : 0;
+  const int64_t da = c.da.data ? R * K : 0, db = c.db.data ? N * R : 0, dbias = c.dbias.data ? N : 0;
   const int64_t size = da + db + dbias;
   const int64_t row = 3 * round_up(K, kLanes) + 2 * round_up(R, kLanes) + round_up(N, kLanes);
   float *block = scratch(2 * size + row), *total = block + size, *buffer = total + size;
   std::fill_n(total, size, 0.0f);
-  for (int64_t first = 0; first < c.tokens; first += kChain) {
+  for (int64_t first = 0; first < c.tokens; first += kStrip) {
     std::fill_n(block, size, 0.0f);
-    for (int64_t m = first; m < std::min(c.tokens, first + kChain); ++m)
+    for (int64_t m = first; m < std::min(c.tokens, first + kStrip); ++m)
       backward_row<T>(c, m, buffer, {block, block + da, block + da + db});
     add_scaled(1.0f, block, size, total);
   }
-  write_as(total, da, c.da, c.da_type);
-  write_as(total + da, db, c.db, c.db_type);
-  write_as(total + da + db, dbias, c.dbias, c.dbias_type);
+  write_gradient(total, K, 1, R, K, c.da);
+  write_gradient(total + da, R, 1, N, R, c.db);
+  write_gradient(total + da + db, N, 1, 1, N, c.dbias);
 }
 
 PK_CLONES void forward_float(const LoRAForward& call) { forward_rows<float>(call); }

@@ -5,7 +5,7 @@
 //
 //   project   S[m, j]  += sum_k V[m, k] P[k, j]          (s = x A^T, ds = dy B)
 //   gradient  G[k, j]  += sum_m V[m, k] L[m, j]          (dA = x^T ds, dB = dy^T s)
-//   expand    Y[m, n]  += bias + sum_j S[m, j] Q[j, n]   (s B^T, ds A)
+//   expand    Y[m, n]   = before + factor * (bias + sum_j S[m, j] Q[j, n])   (s B^T, ds A)
 //
 // Portable widens to float32; lowrank_bf16.h has the same products on bfloat16 itself. Ranks are
 // padded to kLanes, so that one vector holds sixteen of them. A sum is made in blocks, each from
@@ -21,14 +21,45 @@
 namespace pk {
 
 constexpr int64_t kStrip = 8;
+constexpr int64_t kGradientRows = 2 * kStrip;  // G is padded to a multiple
 constexpr int64_t kChain = 32;            // additions in a row
-constexpr int64_t kColumns = 4 * kLanes;  // P and Q are padded to a multiple, G to kStrip
+constexpr int64_t kColumns = 4 * kLanes;  // Q is padded to a multiple
 
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
+// What expand does to a sum before it is stored. Every pointer may be null; vectors have one element
+// for each column, matrices point at the first row and column.
 template <typename T>
-PK_INLINE void store_row(const float* from, int64_t count, T* to) {
-  for (int64_t n = 0; n < count; ++n) from_float(from[n] + to_float(to[n]), to + n);
+struct Epilogue {
+  const float* bias;
+  const uint32_t* keep;  // dropout: all ones or zero
+  int64_t keep_stride;
+  const float* factor;
+  const T* before;
+  int64_t before_stride;
+};
+
+// to[0, count) = before + factor * line.
+template <typename T>
+PK_INLINE void store_row(const float* line, const float* factor, const T* before, int64_t count, T* to) {
+  if (before && factor) {
+    for (int64_t n = 0; n < count; ++n) from_float(line[n] * factor[n] + to_float(before[n]), to + n);
+  } else if (before) {
+    for (int64_t n = 0; n < count; ++n) from_float(line[n] + to_float(before[n]), to + n);
+  } else if (factor) {
+    for (int64_t n = 0; n < count; ++n) from_float(line[n] * factor[n], to + n);
+  } else {
+    for (int64_t n = 0; n < count; ++n) from_float(line[n], to + n);
+  }
+}
+
+// sums[depth] += the sum over the rows of V.
+template <typename Work>
+PK_INLINE void add_column_sums(const Work* v, int64_t rows, int64_t depth, float* sums) {
+  float block[kDepth] = {};
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < kDepth; ++k) block[k] += to_float(v[m * kDepth + k]);
+  for (int64_t k = 0; k < depth; ++k) sums[k] += block[k];
 }
 
 template <typename T>
@@ -84,9 +115,11 @@ struct Portable {
     }
   }
 
-  // G[depth rounded up to kStrip, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`.
+  // G[depth rounded up to kGradientRows, ranks] += V^T L, L being [kRows, ranks], zero beyond `rows`;
+  // a fresh G is written, not added to.
   static PK_INLINE void gradient(
-      const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
+      const float* v, const float* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
+      float* g) {
     for (int64_t k = 0; k < depth; k += kStrip) {
       for (int64_t j = 0; j < ranks; j += kLanes) {
         vf acc[kStrip] = {};
@@ -95,17 +128,19 @@ struct Portable {
           const float* row = v + m * kDepth + k;
           PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) acc[i] += row[i] * factor;
         }
-        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) add_to(g + (k + i) * ranks + j, acc[i]);
+        PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
+          float* to = g + (k + i) * ranks + j;
+          store(to, fresh ? acc[i] : load(to) + acc[i]);
+        }
       }
     }
   }
 
-  // Y[rows, columns] += S Q + bias under an optional mask. Q is [ranks, q_stride] and bias
-  // [q_stride], q_stride a multiple of kColumns, zero beyond `columns`; S has row stride s_stride.
+  // Y[rows, columns] = S Q and the epilogue. Q is [ranks, q_stride], q_stride a multiple of kColumns,
+  // zero beyond `columns`, as are the epilogue's vectors; S has row stride s_stride.
   static PK_INLINE void expand(
-      const float* s, int64_t s_stride, const float* q, int64_t q_stride, const float* bias,
-      const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
-      T* y, int64_t y_stride) {
+      const float* s, int64_t s_stride, const float* q, int64_t q_stride, const Epilogue<T>& after,
+      int64_t rows, int64_t ranks, int64_t columns, T* y, int64_t y_stride) {
     constexpr int64_t kWide = 2 * kLanes;
     for (int64_t n = 0; n < columns; n += kWide) {
       const int64_t count = std::min(kWide, columns - n);
@@ -123,7 +158,7 @@ struct Portable {
             }
           }
           // What the sum so far is: of the first block the bias, of the others the tile.
-          const float* before = j0 ? tile : bias;
+          const float* before = j0 ? tile : after.bias;
           const int64_t stride = j0 ? kWide : 0, start = j0 ? 0 : n;
           PK_UNROLL for (int64_t i = 0; before && i < kStrip; ++i) {
             low[i] += load(before + start + i * stride);
@@ -137,8 +172,8 @@ struct Portable {
         const int64_t valid = std::min(kStrip, rows - m);
         for (int64_t i = 0; i < valid; ++i) {
           float* line = tile + i * kWide;
-          if (keep) {
-            const uint32_t* mask = keep + (m + i) * keep_stride + n;
+          if (after.keep) {
+            const uint32_t* mask = after.keep + (m + i) * after.keep_stride + n;
             for (int64_t c = 0; c < kWide; ++c) {
               uint32_t bits;
               std::memcpy(&bits, line + c, sizeof(bits));
@@ -146,41 +181,18 @@ struct Portable {
               std::memcpy(line + c, &bits, sizeof(bits));
             }
           }
+          const T* before = after.before ? after.before + (m + i) * after.before_stride + n : nullptr;
+          const float* factor = after.factor ? after.factor + n : nullptr;
           T* out = y + (m + i) * y_stride + n;
           if (count == kWide) {
-            store_row(line, kWide, out);
+            store_row(line, factor, before, kWide, out);
           } else {
-            store_row(line, count, out);
+            store_row(line, factor, before, count, out);
           }
         }
       }
     }
   }
 };
-
-// [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
-template <typename K>
-std::vector<typename K::Work> packed(const void* from, int64_t rows, int64_t columns, int64_t stride) {
-  std::vector<typename K::Work> to(round_up(rows, 2) * stride);
-  const auto* in = static_cast<const typename K::Element*>(from);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) to[K::at(i, j, stride)] = K::work(in[i * columns + j]);
-  return to;
-}
-
-// The transpose of [rows, columns] as a P or Q of K with column stride `stride`, zeros elsewhere.
-template <typename K>
-std::vector<typename K::Work> packed_transpose(
-    const void* from, int64_t rows, int64_t columns, int64_t stride) {
-  std::vector<typename K::Work> to(round_up(columns, 2) * stride);
-  const auto* in = static_cast<const typename K::Element*>(from);
-  constexpr int64_t kTile = 32;
-  for (int64_t i0 = 0; i0 < rows; i0 += kTile)
-    for (int64_t j0 = 0; j0 < columns; j0 += kTile)
-      for (int64_t j = j0; j < std::min(columns, j0 + kTile); ++j)
-        for (int64_t i = i0; i < std::min(rows, i0 + kTile); ++i)
-          to[K::at(j, i, stride)] = K::work(in[i * columns + j]);
-  return to;
-}
 
 }  // namespace pk

@@ -10,6 +10,8 @@
 namespace pk {
 namespace {
 
+constexpr int64_t kPiece = 32;  // columns interleaved at a time
+
 PK_NATIVE_INLINE __m512bh pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 // One pair of a row in every lane.
@@ -40,18 +42,19 @@ PK_NATIVE_INLINE void project_tile(
     }
 }
 
-// G[columns k of V, vectors of ranks] += V^T L for R columns and C vectors.
+// G[columns k of V, vectors of ranks] (+)= V^T L for R columns and C vectors.
 template <int R, int C>
 PK_NATIVE_INLINE void gradient_tile(
-    const bfloat16* vt, const bfloat16* l, int64_t count, int64_t ranks, float* g) {
-  __m512 acc[R][C];
-  PK_UNROLL for (int i = 0; i < R; ++i)
-    PK_UNROLL for (int c = 0; c < C; ++c) acc[i][c] = _mm512_loadu_ps(g + i * ranks + c * kLanes);
+    const bfloat16* vt, const bfloat16* l, int64_t count, int64_t ranks, bool fresh, float* g) {
+  __m512 acc[R][C] = {};
+  if (!fresh)
+    PK_UNROLL for (int i = 0; i < R; ++i)
+      PK_UNROLL for (int c = 0; c < C; ++c) acc[i][c] = _mm512_loadu_ps(g + i * ranks + c * kLanes);
   for (int64_t m = 0; m < count; ++m) {
     __m512bh factors[C];
     PK_UNROLL for (int c = 0; c < C; ++c) factors[c] = pairs(l + 2 * (m * ranks + c * kLanes));
     PK_UNROLL for (int i = 0; i < R; ++i) {
-      const __m512bh value = one_pair(vt + 2 * (m * kDepth + i));
+      const __m512bh value = one_pair(vt + 2 * (m * kPiece + i));
       PK_UNROLL for (int c = 0; c < C; ++c)
         acc[i][c] = _mm512_dpbf16_ps(acc[i][c], value, factors[c]);
     }
@@ -60,44 +63,58 @@ PK_NATIVE_INLINE void gradient_tile(
     PK_UNROLL for (int c = 0; c < C; ++c) _mm512_storeu_ps(g + i * ranks + c * kLanes, acc[i][c]);
 }
 
-// Rows 2 m and 2 m + 1 of V side by side: [rows / 2][kDepth][2].
+// Rows 2 m and 2 m + 1 of kPiece columns of V side by side: [rows / 2][kPiece][2].
 PK_NATIVE_INLINE void interleave(const bfloat16* v, int64_t count, bfloat16* vt) {
   alignas(64) int16_t order[64];
   for (int i = 0; i < 64; ++i) order[i] = static_cast<int16_t>(i / 2 + (i % 2) * 32);
   const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t k = 0; k < kDepth; k += 32) {
-      const bfloat16* from = v + 2 * m * kDepth + k;
-      const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + kDepth);
-      bfloat16* to = vt + 2 * (m * kDepth + k);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, high, odd));
-    }
+  for (int64_t m = 0; m < count; ++m) {
+    const bfloat16* from = v + 2 * m * kDepth;
+    const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + kDepth);
+    _mm512_store_si512(vt + 2 * m * kPiece, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(vt + 2 * m * kPiece + 32, _mm512_permutex2var_epi16(even, high, odd));
+  }
 }
 
 PK_NATIVE_INLINE __m512 widened(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Add 32 columns of float32 (and the bias, after the mask's zeros where there is one) to Y.
-PK_NATIVE_INLINE void add_row(
-    __m512 low, __m512 high, const float* bias, const uint32_t* keep, __mmask32 valid, bfloat16* y) {
-  if (bias) {
-    low = _mm512_add_ps(low, _mm512_loadu_ps(bias));
-    high = _mm512_add_ps(high, _mm512_loadu_ps(bias + kLanes));
+PK_NATIVE_INLINE __mmask32 first(int64_t count) {
+  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// Store 32 columns of float32, or the first `count`, after the epilogue.
+PK_NATIVE_INLINE void store_row(
+    __m512 low, __m512 high, const Epilogue<bfloat16>& after, int64_t row, int64_t column,
+    int64_t count, bfloat16* y) {
+  if (after.bias) {
+    low = _mm512_add_ps(low, _mm512_loadu_ps(after.bias + column));
+    high = _mm512_add_ps(high, _mm512_loadu_ps(after.bias + column + kLanes));
   }
-  if (keep) {
+  if (after.keep) {
+    const uint32_t* keep = after.keep + row * after.keep_stride + column;
     low = _mm512_and_ps(low, _mm512_loadu_ps(keep));
     high = _mm512_and_ps(high, _mm512_loadu_ps(keep + kLanes));
   }
-  const __m512i before = _mm512_maskz_loadu_epi16(valid, y);
-  low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
-  high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
-  _mm512_mask_storeu_epi16(y, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-PK_NATIVE_INLINE __mmask32 first(int64_t count) {
-  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
+  if (after.factor) {
+    low = _mm512_mul_ps(low, _mm512_loadu_ps(after.factor + column));
+    high = _mm512_mul_ps(high, _mm512_loadu_ps(after.factor + column + kLanes));
+  }
+  const __mmask32 valid = first(count);
+  if (after.before) {
+    const bfloat16* from = after.before + row * after.before_stride + column;
+    const __m512i before =
+        count >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(valid, from);
+    low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
+    high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
+  }
+  const __m512i sum = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (count >= 32) {
+    _mm512_storeu_si512(y, sum);
+  } else {
+    _mm512_mask_storeu_epi16(y, valid, sum);
+  }
 }
 
 }  // namespace
@@ -105,9 +122,11 @@ PK_NATIVE_INLINE __mmask32 first(int64_t count) {
 PK_NATIVE void NativeBFloat16::stage(
     const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v) {
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t k = 0; k < kDepth; k += 32)
-      _mm512_storeu_si512(
-          v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), x + m * stride + k));
+    for (int64_t k = 0; k < kDepth; k += 32) {
+      const bfloat16* from = x + m * stride + k;
+      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth), _MM_HINT_T0);  // of the next block
+      _mm512_storeu_si512(v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), from));
+    }
   // The tiles take kStrip or twice as many rows.
   std::memset(v + rows * kDepth, 0, (round_up(rows, 2 * kStrip) - rows) * kDepth * sizeof(bfloat16));
 }
@@ -132,22 +151,27 @@ PK_NATIVE void NativeBFloat16::project(
 }
 
 PK_NATIVE void NativeBFloat16::gradient(
-    const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, float* g) {
-  alignas(64) bfloat16 vt[kRows * kDepth];
+    const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
+    float* g) {
+  alignas(64) bfloat16 vt[kRows * kPiece];
   const int64_t count = (rows + 1) / 2;
-  interleave(v, count, vt);
-  for (int64_t k = 0; k < depth; k += kStrip) {
+  for (int64_t piece = 0; piece < depth; piece += kPiece) {
+    interleave(v + piece, count, vt);
+    const int64_t end = std::min(kPiece, depth - piece);
+    float* to = g + piece * ranks;
     int64_t j = 0;
     for (; j + 2 * kLanes <= ranks; j += 2 * kLanes)
-      gradient_tile<kStrip, 2>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
-    if (j < ranks) gradient_tile<kStrip, 1>(vt + 2 * k, l + 2 * j, count, ranks, g + k * ranks + j);
+      for (int64_t k = 0; k < end; k += kStrip)
+        gradient_tile<kStrip, 2>(vt + 2 * k, l + 2 * j, count, ranks, fresh, to + k * ranks + j);
+    for (int64_t k = 0; j < ranks && k < end; k += 2 * kStrip)
+      gradient_tile<2 * kStrip, 1>(vt + 2 * k, l + 2 * j, count, ranks, fresh, to + k * ranks + j);
   }
 }
 
 PK_NATIVE void NativeBFloat16::expand(
-    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride, const float* bias,
-    const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
-    bfloat16* y, int64_t y_stride) {
+    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
+    const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
+    int64_t y_stride) {
   constexpr int R = 4, C = 4;
   const int64_t count = (ranks + 1) / 2;
   for (int64_t n = 0; n < columns; n += C * kLanes) {
@@ -167,9 +191,9 @@ PK_NATIVE void NativeBFloat16::expand(
         if (m + i >= rows) break;
         PK_UNROLL for (int c = 0; c < C; c += 2) {
           const int64_t column = n + c * kLanes;
-          add_row(
-              acc[i][c], acc[i][c + 1], bias ? bias + column : nullptr,
-              keep ? keep + (m + i) * keep_stride + column : nullptr, first(columns - column),
+          if (column >= columns) break;
+          store_row(
+              acc[i][c], acc[i][c + 1], after, m + i, column, columns - column,
               y + (m + i) * y_stride + column);
         }
       }

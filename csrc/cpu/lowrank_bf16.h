@@ -28,11 +28,12 @@ struct NativeBFloat16 {
   PK_NATIVE static void project(
       const bfloat16* v, const bfloat16* p, int64_t rows, int64_t depth, int64_t ranks, float* s);
   PK_NATIVE static void gradient(
-      const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, float* g);
+      const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
+      float* g);
   PK_NATIVE static void expand(
-      const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride, const float* bias,
-      const uint32_t* keep, int64_t keep_stride, int64_t rows, int64_t ranks, int64_t columns,
-      bfloat16* y, int64_t y_stride);
+      const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
+      const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
+      int64_t y_stride);
 };
 #endif
 

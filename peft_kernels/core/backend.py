@@ -117,21 +117,21 @@ def check_backend_name(value: object) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {value!r}")
 
 
-# os.environ.get raises and catches twice for a name that is not set: more host time than the choice
-# itself. The mapping beneath it, where Python has one, is asked first.
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")
-
-
 def demanded(backend: str | None) -> str | None:
     """Return the demand in force: the argument, or ``PEFT_KERNELS_BACKEND``, or None."""
-    if backend is None and _DEMAND in _environment:
+    if backend is None:
         backend = os.environ.get("PEFT_KERNELS_BACKEND") or None
         if backend is not None and backend not in NAMES:
             raise ValueError(
                 f"PEFT_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {backend!r}"
             )
     return backend
+
+
+# os.environ.get raises and catches twice for a name that is not set: more host time than the choice
+# itself. The mapping beneath it, where Python has one, is asked first.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")
 
 
 def select(op: Op, spec: Any, backend: str | None = None) -> Backend:
@@ -147,7 +147,7 @@ def select(op: Op, spec: Any, backend: str | None = None) -> Backend:
         BackendUnavailable: the demand cannot be met, or only the reference could serve a GPU tensor
             under ``PEFT_KERNELS_STRICT=1``.
     """
-    demand = demanded(backend)
+    demand = backend if _DEMAND not in _environment else demanded(backend)
     chosen = _choose(op, spec, demand)
     if demand is None and chosen.name == "reference":
         spec = _whole(op, spec)

@@ -116,6 +116,8 @@ def check_probability(name: str, value: object) -> float:
 
 def check_scale(name: str, value: object) -> float:
     """Return ``value`` as a finite float."""
+    if type(value) is float and not torch.compiler.is_compiling() and math.isfinite(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number (alpha / r), got {describe(value)}")
     if not torch.compiler.is_compiling() and not math.isfinite(value):

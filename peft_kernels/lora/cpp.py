@@ -7,14 +7,16 @@ Products too small for a GEMM call are made in ``_C`` altogether.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from peft_kernels.core import extension
 from peft_kernels.core.rng import drop_threshold
 
-# Multiply-adds up to which calling the GEMM library costs more than the product.
-_SMALL_PRODUCT = 1 << 15
+# Multiply-adds, and rows, up to which calling the GEMM library costs more than the product.
+_SMALL_PRODUCT, _FEW_ROWS = 1 << 15, 64
 
 
 def why_not(dtype: torch.dtype) -> str | None:
@@ -22,6 +24,12 @@ def why_not(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"serves float32 and bfloat16: cast {str(dtype).removeprefix('torch.')} to one"
     return extension.why_not()
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_small(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
+    work = in_features * out_features + rank * (in_features + out_features)
+    return tokens <= _FEW_ROWS and tokens * work <= _SMALL_PRODUCT
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -42,15 +50,15 @@ def forward(
 ) -> None:
     """Write y [M, N] and s [M, r]."""
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    work = in_features * out_features + rank * (in_features + out_features)
-    small = tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
+    small = _is_small(tokens, in_features, out_features, rank) and weight.is_contiguous()
     if not small:
         torch.mm(x, weight.t(), out=y)
     extension.load().lora_forward(
         x.dtype == torch.bfloat16, tokens, in_features, out_features, rank,
-        x.data_ptr(), x.stride(0), lora_a.data_ptr(), lora_b.data_ptr(), _pointer(bias),
-        weight.data_ptr() if small else 0, float(scale) / (1.0 - dropout_p),
-        _pointer(seed), drop_threshold(dropout_p), y.data_ptr(), s.data_ptr(),
+        x.data_ptr(), x.stride(0), lora_a.data_ptr(), lora_b.data_ptr(),
+        0 if bias is None else bias.data_ptr(), weight.data_ptr() if small else 0,
+        float(scale) / (1.0 - dropout_p), 0 if seed is None else seed.data_ptr(),
+        0 if seed is None else drop_threshold(dropout_p), y.data_ptr(), s.data_ptr(),
     )  # fmt: skip
 
 
@@ -73,8 +81,7 @@ def backward(
     """Write the gradients that are not None."""
     half = torch.bfloat16
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
-    work = in_features * out_features + rank * (in_features + out_features)
-    small = tokens * work <= _SMALL_PRODUCT and weight.is_contiguous()
+    small = _is_small(tokens, in_features, out_features, rank) and weight.is_contiguous()
     if dx is not None and not small:
         torch.mm(dy, weight, out=dx)
     a, b, c = wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,19 +138,23 @@ def lora_linear(
     dtype, autocast = _check(x, weight, lora_a, lora_b, bias)
     factor = checks.check_scale("scale", scale)
     probability = checks.check_probability("dropout_p", dropout_p) if training else 0.0
-    backends.check_backend_name(backend)
+    if backend is not None:
+        backends.check_backend_name(backend)
     if probability == 0.0:
         seed = None
     else:
         seed = rng.draw_seed(x.device) if seed is None else checks.check_seed(seed, x.device)
     # A tensor while tracing: a float would compile one graph per value.
-    traced = torch.compiler.is_compiling()
-    run_scale = torch.full((), factor, dtype=torch.float32, device=x.device) if traced else factor
+    apply: Callable[..., Tensor] = _apply
+    run_scale: float | Tensor = factor
+    if torch.compiler.is_compiling():
+        apply = LoRALinearFunction.apply
+        run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
     if not autocast:
-        return _apply(*arguments)
+        return apply(*arguments)
     with torch.autocast(x.device.type, enabled=False):
-        return _apply(*arguments)
+        return apply(*arguments)
 
 
 def _check(

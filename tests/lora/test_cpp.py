@@ -14,12 +14,12 @@ from tests.lora.problems import check, fused, problem, results
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
-# Above and below _SMALL_PRODUCT, the size up to which C++ makes the base product too.
+# Above and below the sizes up to which C++ makes the base product too.
 SHAPES = [
     pytest.param(1, 1, 1, 1, id="one-of-everything"),
     pytest.param(1, 7, 5, 1, id="one-token"),
     pytest.param(2, 64, 64, 8, id="small-product"),
-    pytest.param(70, 5, 9, 3, id="small-many-tokens"),
+    pytest.param(60, 5, 9, 3, id="small-many-tokens"),
     pytest.param(1, 70, 150, 20, id="small-wide"),
     pytest.param(64, 96, 128, 16, id="aligned"),
     pytest.param(33, 50, 41, 3, id="ragged"),
@@ -50,6 +50,54 @@ def test_as_accurate_as_eager(
 ) -> None:
     given = problem(tokens, out_features, in_features, rank, dtype=dtype, dropout_p=dropout_p)
     check(given, "cpp", dtype)
+
+
+@pytest.fixture
+def portable() -> Iterator[None]:
+    """Turn off what is written for one CPU family, as on a CPU that lacks it."""
+    assert not extension.load().use_native(False)
+    yield
+    extension.load().use_native(True)
+
+
+@DTYPES
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("tokens", "out_features", "in_features", "rank"), SHAPES)
+def test_portable_path_as_accurate_as_eager(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    portable: None,
+) -> None:
+    given = problem(tokens, out_features, in_features, rank, dtype=dtype, dropout_p=dropout_p)
+    check(given, "cpp", dtype)
+
+
+def test_both_paths_draw_the_same_mask(portable: None) -> None:
+    given = problem(150, 90, 77, 4, dropout_p=0.3)
+    found = []
+    for native in (False, True):
+        extension.load().use_native(native)
+        inputs = given.inputs()
+        found.append(results(fused(given, inputs, "cpp"), inputs, given.dy))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in (extension.build_info() or {}).get("cpu", ""),
+    reason="this CPU has no AVX512-BF16",
+)
+def test_the_two_bfloat16_paths_are_two(portable: None) -> None:
+    given = problem(150, 90, 77, 4, dtype=torch.bfloat16, scale=0.7)
+    assert extension.load().build_info()["cpu"] == "avx512"
+    before = fused(given, given.inputs(), "cpp")
+    assert extension.load().use_native(True)
+    assert extension.load().build_info()["cpu"] == "avx512_bf16"
+    after = fused(given, given.inputs(), "cpp")
+    torch.testing.assert_close(before, after)
 
 
 def test_it_is_what_runs_by_default() -> None:

@@ -1,0 +1,56 @@
+// The small factors brought into the layout that the products of lowrank.h read.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "lowrank.h"
+
+namespace pk {
+
+// Elements left as they are, for whoever writes all of them.
+template <typename T>
+std::unique_ptr<T[]> uninitialized(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+// A P or Q of K, [rows, columns] with column stride `stride`, zeros beyond: element (i, j) is
+// from[i * row_step + j * column_step].
+template <typename K>
+std::unique_ptr<typename K::Work[]> packed(
+    const void* from, int64_t row_step, int64_t column_step, int64_t rows, int64_t columns,
+    int64_t stride) {
+  using Work = typename K::Work;
+  constexpr int64_t kHigh = 32, kWide = 256;
+  const auto* in = static_cast<const typename K::Element*>(from);
+  const int64_t height = round_up(rows, 2), across = (stride + kWide - 1) / kWide;
+  auto to = uninitialized<Work>(height * stride);
+  const auto tiles = [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t i0 = tile / across * kHigh, j0 = tile % across * kWide;
+      const int64_t i1 = std::min(height, i0 + kHigh), j1 = std::min(stride, j0 + kWide);
+      const int64_t filled = std::max(j0, std::min(columns, j1));
+      for (int64_t i = i0; i < i1; i += 2) {
+        const auto* row = in + i * row_step;
+        const int64_t next = i + 1 < rows ? row_step : 0;
+        for (int64_t j = j0; j < filled; ++j) {
+          to[K::at(i, j, stride)] = K::work(row[j * column_step]);
+          to[K::at(i + 1, j, stride)] = K::work(row[j * column_step + next]);
+        }
+        for (int64_t j = filled; j < j1; ++j)
+          to[K::at(i, j, stride)] = to[K::at(i + 1, j, stride)] = Work{};
+        for (int64_t j = j0; i + 1 == rows && j < j1; ++j) to[K::at(i + 1, j, stride)] = Work{};
+      }
+    }
+  };
+  const int64_t count = (height + kHigh - 1) / kHigh * across;
+  if (height * stride <= kHigh * kWide) {
+    tiles(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, 1, tiles);
+  }
+  return to;
+}
+
+}  // namespace pk
