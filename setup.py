@@ -45,7 +45,12 @@ def extension() -> dict[str, Any]:
     say("compiling the CPU kernels; this version has no CUDA sources, Triton serves the GPU")
     module = CppExtension(
         "peft_kernels._C",
-        ["csrc/registration.cpp", "csrc/cpu/lora.cpp"],
+        [
+            "csrc/registration.cpp",
+            "csrc/prompt_binding.cpp",
+            "csrc/cpu/lora.cpp",
+            "csrc/cpu/prompt.cpp",
+        ],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=[str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.h")],
         extra_compile_args=[

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/lora.h"
+#include "prompt_binding.h"
 
 namespace {
 
@@ -123,6 +124,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of peft_kernels";
   m.def("build_info", &build_info, "What this module was built with.");
+  bind_prompt(m);
   m.def(
       "lora_forward",
       [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,
