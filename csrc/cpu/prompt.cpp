@@ -77,11 +77,11 @@ void write_mask(const PromptForward& call, int64_t row, int64_t start) {
 }
 
 void write_row(const PromptForward& call, int64_t row, int64_t start) {
-  if (call.labels && call.label_bytes == 8)
+  if (call.labels_out && call.label_bytes == 8)
     insert<int64_t>(call.labels, call.labels_out, row, call.tokens, call.length, start, -100);
-  else if (call.labels)
+  else if (call.labels_out)
     insert<int32_t>(call.labels, call.labels_out, row, call.tokens, call.length, start, -100);
-  if (!call.mask) {
+  if (!call.mask_out) {
     const int64_t columns = call.tokens + call.length;
     for (int64_t t = 0; t < columns; ++t) call.positions[row * columns + t] = t;
     return;

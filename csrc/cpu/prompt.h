@@ -19,10 +19,10 @@ struct PromptForward {
   Rows weight;                    // [V, D]
   Rows prompt;                    // [P, D], or [B, P, D] with
   int64_t prompt_sample_stride;   // bytes from one sample's prompt to the next; 0: shared
-  const void* mask;               // [B, S] or null, as integers of mask_bytes
+  const void* mask;               // [B, S], as integers of mask_bytes; read where mask_out is not null
   int64_t mask_bytes;
   int64_t one, significant;       // see peft_kernels/prompt/mask_bits.py
-  const void* labels;             // [B, S] or null, int64 or int32
+  const void* labels;             // [B, S], int64 or int32; read where labels_out is not null
   int64_t label_bytes;
   int64_t column;                 // of every row's prompt, where `columns` is null
   void* embeddings;               // [B, P + S, D]

@@ -95,12 +95,13 @@ def _table_gradient(
 ) -> None:
     tokens, (vocabulary, width) = input_ids.shape[1], d_weight.shape
     tile = tiles.prompt_gradient_tile(dy.element_size())
+    block_d = tile.block_t * tile.block_d  # one row
     # Stable: equal ids stay in the order of their tokens, whatever the library's algorithm.
     ids, order = torch.sort(input_ids.flatten(), stable=True)
-    kernels._table_gradient_kernel[(len(ids), triton.cdiv(width, tile.block_d))](
+    kernels._table_gradient_kernel[(len(ids), triton.cdiv(width, block_d))](
         dy, ids, order, order if columns is None else columns, d_weight,
         len(ids), tokens, dy.shape[1] - tokens, width, vocabulary, dy.stride(0), dy.stride(1),
         column, padding_idx,
-        HAS_COLUMNS=columns is not None, CHAIN=CHAIN, BLOCK_D=tile.block_d,
+        HAS_COLUMNS=columns is not None, CHAIN=CHAIN, BLOCK_D=block_d,
         num_warps=tile.num_warps,
     )  # fmt: skip
