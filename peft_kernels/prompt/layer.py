@@ -81,13 +81,11 @@ class PromptEmbedding(nn.Module):
         _check_embedding(embedding)
         _check_size("num_virtual_tokens", num_virtual_tokens)
         super().__init__()
-        weight = embedding.weight.requires_grad_(False)
         self.num_virtual_tokens = num_virtual_tokens
         self.position = position
         self.backend: str | None = None
-        values = _initial(init, embedding, num_virtual_tokens)
+        values, weight = _initial(init, embedding, num_virtual_tokens), embedding.weight
         self.prompt = nn.Parameter(values.to(weight.device, dtype or weight.dtype))
-        self.embedding = embedding
         self.projection = None
         if prompt_projection:
             width = embedding.embedding_dim
@@ -98,6 +96,8 @@ class PromptEmbedding(nn.Module):
                 nn.Linear(hidden, hidden), nn.ReLU(),
                 nn.Linear(hidden, width),
             ).to(self.prompt.device, self.prompt.dtype)  # fmt: skip
+        # Last: an embedding that was refused stays as it was.
+        self.embedding = embedding.requires_grad_(False)
 
     @classmethod
     def from_embedding(
