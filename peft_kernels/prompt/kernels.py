@@ -8,10 +8,10 @@ prompt. Whoever needs c finds it in the mask (from L2, as far as the padding rea
 program waits for another. Read once: the rows of the table, the prompt once a batch row; written
 once: every output.
 
-Backward. d_prompt: a program sums one tile over the batch. d_table: the ids are sorted (stably), and
-the program at the head of a run of equal ids sums the run. Both add in float32 in blocks of CHAIN
-rows, each from zero, then the blocks, always in ascending order: no atomics, the bits of
-``reference``.
+Backward. The prompt's gradient: a program sums one tile over the batch. The table's: the ids are
+sorted (stably), and the program at the head of a run of equal ids sums the run. Both add in float32
+in blocks of CHAIN rows, each from zero, then the blocks, always in ascending order: no atomics, the
+bits of ``reference``.
 
 An id outside the vocabulary is not read: its row of embeddings is NaN, its gradient is dropped.
 """

@@ -21,16 +21,16 @@ class PromptEmbedding(nn.Module):
     be trained too, set ``layer.embedding.weight.requires_grad_(True)``; its ``padding_idx`` gets no
     gradient.
 
-    Keys of the state dict: ``prompt`` [P, D] and ``embedding.weight``, and with ``prompt_projection``
-    ``projection.0``, ``.2`` and ``.4`` (``.weight``, ``.bias``), which ``fold`` removes.
+    Keys of the state dict: ``prompt`` [P, D] and ``embedding.weight``; with ``prompt_projection``
+    also ``projection.0``, ``.2`` and ``.4`` (``.weight``, ``.bias``), which ``fold`` removes.
 
     Args:
         embedding: an ``nn.Embedding``; its parameter becomes this layer's, not a copy.
         num_virtual_tokens: P, at least 1.
         init: what the prompt starts from. "random": normal with the table's standard deviation.
-            "vocab": rows of the table drawn at random, never ``padding_idx``. A float tensor [P, D]:
-            its values. Token ids (an integer tensor or a sequence): their rows of the table,
-            repeated or cut to P as peft does with a text.
+            "vocab": rows of the table drawn at random, never ``padding_idx``. A float tensor
+            [P, D]: its values. Token ids (an integer tensor or a sequence): their rows of the
+            table, repeated or cut to P as peft does with a text.
         position: where the prompt goes, as in ``prompt_embedding``: "start", "after_padding" or an
             integer column.
         prompt_projection: train the prompt through an MLP (P-tuning; Linear, ReLU, Linear, ReLU,
@@ -134,7 +134,7 @@ class PromptEmbedding(nn.Module):
         return layer.train(embedding.training)
 
     def virtual_tokens(self) -> Tensor:
-        """Return the rows that are put in, [P, D]: the prompt, through the MLP where there is one."""
+        """Return the rows that are put in, [P, D]: the prompt, through the MLP if there is one."""
         return self.prompt if self.projection is None else self.projection(self.prompt)
 
     def forward(
@@ -143,7 +143,7 @@ class PromptEmbedding(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> op.PromptOutput:
-        """Return embeddings, mask, labels and positions for [B, S] ids; see ``prompt_embedding``."""
+        """Return embeddings, mask, labels, positions for ids [B, S]; see ``prompt_embedding``."""
         return op.prompt_embedding(
             input_ids,
             self.embedding.weight,
@@ -185,8 +185,8 @@ def _check_embedding(embedding: object) -> None:
         kind = type(embedding)
         raise TypeError(
             f"embedding must be a torch.nn.Embedding, got {kind.__module__}.{kind.__name__}, whose "
-            f"forward may differ (a scaled one multiplies its rows); call prompt_embedding with the "
-            f"rows that it would give"
+            f"forward may differ (a scaled one multiplies its rows); call prompt_embedding with a "
+            f"table of the rows that it would give"
         )
     refused = {
         "max_norm": embedding.max_norm is not None,
@@ -219,8 +219,8 @@ def _initial(init: object, embedding: nn.Embedding, count: int) -> Tensor:
     elif isinstance(init, (Tensor, Sequence)):
         return weight[_given_ids(init, len(weight), count).to(weight.device)].clone()
     raise TypeError(
-        f"init must be 'random', 'vocab', a float tensor [{count}, {weight.shape[1]}] or token ids, "
-        f"got {describe(init)}"
+        f"init must be 'random', 'vocab', a float tensor [{count}, {weight.shape[1]}] or token "
+        f"ids, got {describe(init)}"
     )
 
 

@@ -80,7 +80,8 @@ class PromptEmbeddingFunction(torch.autograd.Function):
         ctx.weight_shape = weight.shape
         ctx.column, ctx.padding_idx, ctx.backend = column, padding_idx, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in (mask_out, labels_out, positions) if t is not None))
+        beside = (mask_out, labels_out, positions)
+        ctx.mark_non_differentiable(*(t for t in beside if t is not None))
         return embeddings, mask_out, labels_out, positions
 
     @staticmethod
@@ -127,13 +128,13 @@ def prompt_embedding(
         embedding_weight: the embedding table [V, D], any float dtype; the result has its dtype.
         prompt: trained rows [P, D], the same for every row of the batch, or [B, P, D]. May be wider
             than the table, as peft keeps it in float32: it is cast once, its gradient is not.
-        attention_mask: [B, S], bool, integer or float, not zero = keep. Returned in its dtype with 1
-            at the prompt. None keeps everything, and None is returned, as peft does.
+        attention_mask: [B, S], bool, integer or float, not zero = keep. Returned in its dtype, with
+            1 at the prompt. None keeps everything, and None is returned, as peft does.
         labels: [B, S], int64 or int32. Returned with -100 at the prompt.
         position: where the prompt starts. "start": before every token, padding included, as peft
             puts it. "after_padding": before the first kept token of each row, so that left padding
             does not come between prompt and text (without a mask, and with right padding, the same
-            as "start"; in a row that keeps nothing, the end). An integer 0..S: that column, as 1 for
+            as "start"; in a row that keeps nothing, the end). An integer 0..S: that column; 1 is
             behind a token that begins every row.
         backend: "triton", "cuda", "cpp" or "reference" to demand one; None takes the best.
         padding_idx: row of the table that gets no gradient, as in ``nn.Embedding``; None for none.

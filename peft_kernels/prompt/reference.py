@@ -160,9 +160,7 @@ def _table_gradient(
     length = d_embeddings.shape[1] - tokens
     token_at = token + length * (token >= start)
 
-    found, segment, counts = torch.unique_consecutive(
-        ids, return_inverse=True, return_counts=True
-    )
+    found, segment, counts = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
     rank = torch.arange(len(ids), device=device) - (counts.cumsum(0) - counts)[segment]
     total = _zeros((len(found), d_weight.shape[1]), d_embeddings)
     for first in range(0, int(counts.max()), CHAIN):

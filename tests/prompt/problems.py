@@ -97,7 +97,7 @@ def columns(given: Problem) -> list[int]:
 
 
 def eager(given: Problem, leaves: list[Tensor]) -> PromptOutput:
-    """Return the output as a user writes it: gather, cut, cat, row by row; gradients by autograd."""
+    """Return the output as a user writes it: gather, cut and cat, row by row."""
     prompt, weight = leaves
     batch, length = given.input_ids.shape[0], prompt.shape[-2]
     prompts = prompt.expand(batch, length, -1).to(weight.dtype)

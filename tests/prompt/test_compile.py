@@ -22,9 +22,7 @@ def fresh_dynamo() -> None:
 @POSITIONS
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("extras", [True, False], ids=["mask-and-labels", "bare"])
-def test_fullgraph_gives_what_eager_gives(
-    compiler: str, position: str | int, extras: bool
-) -> None:
+def test_fullgraph_gives_what_eager_gives(compiler: str, position: str | int, extras: bool) -> None:
     padding = "left" if extras else None
     given = problem(5, 9, 4, 8, position=position, padding=padding, labels=extras, padding_idx=3)
     compiled = torch.compile(
