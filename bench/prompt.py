@@ -133,8 +133,8 @@ def call_of(provider: Provider, given: PromptProblem, direction: str) -> Callabl
 def failure(provider: Provider, given: PromptProblem) -> str | None:
     """Return what is wrong with a provider's results, or None.
 
-    Outputs must be eager's to the bit; the gradient may have 1.5 times the error of peft's against
-    float64, and one rounding unit.
+    Outputs must be eager's to the bit; the gradient may have 1.5 times eager's error against
+    float64, and one rounding unit of the table's dtype.
     """
     names, expected = ("embeddings", "mask", "labels"), eager_form(given)
     for name, one, other in zip(names, provider(given)[:3], expected, strict=True):
@@ -146,7 +146,7 @@ def failure(provider: Provider, given: PromptProblem) -> str | None:
     def error(each: Provider) -> Tensor:
         return (call_of(each, given, BOTH)()[0].double() - exact).norm() / exact.norm()
 
-    found, bound = error(provider), 1.5 * error(peft_form) + torch.finfo(torch.float32).eps / 2
+    found, bound = error(provider), 1.5 * error(eager_form) + torch.finfo(given.dy.dtype).eps / 2
     return None if found <= bound else f"gradient error {found:.2e} (bound {bound:.2e})"
 
 
