@@ -49,16 +49,19 @@ def check_integers(name: str, value: object, dtypes: tuple[torch.dtype, ...]) ->
     Raises:
         TypeError: anything else.
     """
-    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of {allowed}, got {describe(value)}")
+        raise TypeError(f"{name} must be a torch.Tensor of {_named(dtypes)}, got {describe(value)}")
     if type(value) not in _PLAIN and not torch.compiler.is_compiling():
         _refuse_wrapped(name, value)
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {allowed}, got {value.dtype}; cast it with .long()")
+        raise TypeError(f"{name} must be {_named(dtypes)}, got {value.dtype}; cast it with .long()")
     if value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor; convert it first")
     return value
+
+
+def _named(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

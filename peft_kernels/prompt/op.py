@@ -202,7 +202,8 @@ def _check(
             f"prompt must have shape [{batch}, P, {width}], one for each row of input_ids "
             f"{list(input_ids.shape)}, or [P, {width}] for all, got {list(prompt.shape)}"
         )
-    if torch.promote_types(prompt.dtype, weight.dtype) not in (prompt.dtype, weight.dtype):
+    dtypes = (prompt.dtype, weight.dtype)
+    if prompt.dtype != weight.dtype and torch.promote_types(*dtypes) not in dtypes:
         raise TypeError(
             f"prompt is {prompt.dtype} and embedding_weight is {weight.dtype}, which do not mix: "
             f"cast prompt to {weight.dtype} or float32"

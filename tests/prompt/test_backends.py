@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_kernels import explain, prompt_embedding
-from peft_kernels.core import extension, triton_runtime
+from peft_kernels.core import extension, tiles, triton_runtime
 from tests.prompt.problems import Problem, check, eager, fused, gradients, problem
 
 TRITON = pytest.param(
@@ -256,3 +256,16 @@ def test_no_mask_is_a_mask_of_ones(backend: str, position: str | int) -> None:
     assert torch.equal(without.embeddings, ones.embeddings)
     assert torch.equal(without.position_ids, torch.arange(13).expand(5, 13))
     assert torch.equal(without.position_ids, ones.position_ids)
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("position", ["start", "after_padding", 13])
+def test_rows_of_several_blocks_with_every_length_of_padding(
+    backend: str, position: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 8 tokens here, of 1024 otherwise; padding that ends at each edge of a block."""
+    monkeypatch.setattr(tiles, "prompt_tile", lambda size: tiles.CopyTile(8, 8, 8, 4))
+    given = problem(18, 17, 10, 8, position=position)
+    padded = torch.arange(18)[:, None]
+    check(replace(given, mask=(torch.arange(17) >= padded).long()), backend)
+    check(replace(given, mask=(torch.arange(17) < padded).bool()), backend)
