@@ -65,7 +65,7 @@ class DigitTransformer(nn.Module):
         # Wide apart: mean pooling sees where a stroke lies only through these.
         self.position = nn.Parameter(torch.randn(TOKENS, width) * 0.5)
         # Where prompt tuning puts its rows in front of the patches.
-        self.prompt = nn.Identity()
+        self.prompt: nn.Module = nn.Identity()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
