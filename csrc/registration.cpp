@@ -11,6 +11,7 @@
 
 #include "cpu/lora.h"
 #include "cpu/vector_level.h"
+#include "prompt_binding.h"
 
 namespace {
 
@@ -125,6 +126,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of peft_kernels";
   m.def("build_info", &build_info, "What this module was built with.");
+  bind_prompt(m);
   m.def(
       "use_native",
       [](bool on) {

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.replace import replace
+    from peft_kernels.prompt.layer import PromptEmbedding
+    from peft_kernels.prompt.op import PromptOutput, prompt_embedding
 
 _HOMES = {
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
     "LoRALinear": "peft_kernels.lora.layer",
+    "PromptEmbedding": "peft_kernels.prompt.layer",
+    "PromptOutput": "peft_kernels.prompt.op",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
+    "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
 }
 
@@ -30,9 +35,12 @@ __all__ = [
     "BackendUnavailable",
     "Explanation",
     "LoRALinear",
+    "PromptEmbedding",
+    "PromptOutput",
     "__version__",
     "explain",
     "lora_linear",
+    "prompt_embedding",
     "replace",
 ]
 

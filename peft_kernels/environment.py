@@ -241,5 +241,39 @@ def explain_lora_linear(
     )
 
 
+def explain_prompt_embedding(
+    *,
+    device: str,
+    dtype: str,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Any:
+    """Return the Explanation of ``prompt_embedding``, without allocating anything.
+
+    ``rank`` virtual tokens before one row of ``tokens`` ids, a table [out_features, in_features].
+    """
+    import torch
+
+    from peft_kernels import explain, prompt_embedding
+
+    if dropout:
+        raise ValueError(f"prompt_embedding has no dropout, got {dropout}")
+    values = torch.empty((), device=device, dtype=getattr(torch, dtype))
+    return explain(
+        prompt_embedding,
+        torch.empty((), device=device, dtype=torch.int64).expand(1, tokens),
+        values.expand(out_features, in_features),
+        values.expand(rank, in_features),
+        backend=backend,
+    )
+
+
 # A method that joins the package adds its line here, for `env` and `explain` both.
-EXPLAINED: dict[str, Callable[..., Any]] = {"lora_linear": explain_lora_linear}
+EXPLAINED: dict[str, Callable[..., Any]] = {
+    "lora_linear": explain_lora_linear,
+    "prompt_embedding": explain_prompt_embedding,
+}

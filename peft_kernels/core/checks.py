@@ -43,6 +43,27 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def check_integers(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """Check that ``value`` is a plain dense tensor of one of the integer ``dtypes``.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of {_named(dtypes)}, got {describe(value)}")
+    if type(value) not in _PLAIN and not torch.compiler.is_compiling():
+        _refuse_wrapped(name, value)
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_named(dtypes)}, got {value.dtype}; cast it with .long()")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; convert it first")
+    return value
+
+
+def _named(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -139,12 +160,15 @@ def check_seed(value: object, device: torch.device) -> Tensor:
     return value
 
 
-def check_same_device(names_and_tensors: dict[str, Tensor | None], device: torch.device) -> None:
-    """Raise ValueError naming the first tensor that is not on ``device``."""
+def check_same_device(
+    names_and_tensors: dict[str, Tensor | None], device: torch.device, of: str = "x"
+) -> None:
+    """Raise ValueError naming the first tensor that is not on ``device``, where ``of`` is."""
     for name, value in names_and_tensors.items():
         if value is not None and value.device != device:
             raise ValueError(
-                f"{name} is on {value.device} while x is on {device}; move one of them with .to()"
+                f"{name} is on {value.device} while {of} is on {device}; "
+                f"move one of them with .to()"
             )
 
 

@@ -67,6 +67,16 @@ class ReductionTile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class CopyTile:
+    """Block sizes of the prompt kernels: rows, columns, tokens of one step of bookkeeping."""
+
+    block_t: int
+    block_d: int
+    block_s: int
+    num_warps: int
+
+
 # Keyed by family, then by shape class: "decode" is at most 16 tokens, "small" at most 256, "large"
 # the rest. A large backward is "backward", or "masked" under dropout, whose epilogue needs
 # registers for the mask. "+" marks ranks above 16: their blocks of a, b and s need registers too.
@@ -149,6 +159,10 @@ _REDUCTION_TILES_INTERPRETED = {
     32: ReductionTile(32, 32, 32, 4, 1),
     64: ReductionTile(32, 32, 32, 4, 1),
 }
+
+# By bytes of an element: a thread moves 16 bytes at a time. Gradients keep sixteen rows in flight.
+PROMPT_TILES = {2: CopyTile(16, 256, 1024, 4), 4: CopyTile(16, 128, 1024, 4)}
+PROMPT_GRADIENT_TILES = {2: CopyTile(2, 256, 1024, 2), 4: CopyTile(2, 128, 1024, 2)}
 
 _forced: str | None = None
 
@@ -262,3 +276,13 @@ def lora_cases() -> Iterator[tuple[str, str, str, LoRATile]]:
                 yield name, dtype, shape_class, tile
         for shape_class, tile in _LORA_TF32.items():
             yield name, "fp32", shape_class, tile
+
+
+def prompt_tile(element_size: int) -> CopyTile:
+    """Return the tile of the launch that places tokens and prompt, by bytes of an element."""
+    return PROMPT_TILES[element_size]
+
+
+def prompt_gradient_tile(element_size: int) -> CopyTile:
+    """Return the tile of the prompt's and the table's gradient, by bytes of an element."""
+    return PROMPT_GRADIENT_TILES[element_size]

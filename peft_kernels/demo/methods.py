@@ -20,7 +20,10 @@ from peft_kernels.demo.model import TOKENS, DigitTransformer
 
 @dataclass(frozen=True)
 class Options:
-    """Size of an adapter: rank r, the numerator alpha of its scaling, dropout in [0, 1)."""
+    """Size of an adapter: rank r, the numerator alpha of its scaling, dropout in [0, 1).
+
+    The rank is what the method has one of: prompt tuning's number of virtual tokens.
+    """
 
     rank: int
     alpha: float
@@ -37,12 +40,14 @@ class Method:
             it adds requires gradients.
         apply_fused: likewise with this package's layers.
         explain: says on which backend every fused layer of a model would run, for a batch size.
+        has_dropout: whether the method has a dropout of its own.
     """
 
     name: str
     apply_eager: Callable[[DigitTransformer, Options], None]
     apply_fused: Callable[[DigitTransformer, Options], None]
     explain: Callable[[DigitTransformer, int], list[peft_kernels.Explanation]]
+    has_dropout: bool = True
 
 
 class EagerLoRALinear(nn.Module):
@@ -106,8 +111,56 @@ def _explain_lora(model: DigitTransformer, batch_size: int) -> list[peft_kernels
 
 LORA = Method("LoRA", _apply_eager_lora, _apply_fused_lora, _explain_lora)
 
-# Adapters, prefix tuning and prompt tuning join here.
-METHODS = (LORA,)
+
+class EagerPrompt(nn.Module):
+    """Trained rows in front of the patches, copied for every image: as peft computes it."""
+
+    def __init__(self, width: int, options: Options) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(options.rank, width) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, P + S, D] for x [B, S, D]."""
+        prompts = self.prompt.expand(x.shape[0], -1, -1).to(x.dtype)
+        return torch.cat([prompts, x], 1)
+
+
+class FusedPrompt(EagerPrompt):
+    """The same by ``prompt_embedding``: the patches' embeddings are its table, counted through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, P + S, D] for x [B, S, D]."""
+        return peft_kernels.prompt_embedding(*self.arguments(x)).embeddings
+
+    def arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what ``prompt_embedding`` is called with."""
+        table = x.flatten(0, 1)  # [B * S, D]
+        ids = torch.arange(len(table), device=x.device).view(x.shape[:2])
+        return ids, table, self.prompt
+
+
+def _apply_eager_prompt(model: DigitTransformer, options: Options) -> None:
+    model.prompt = EagerPrompt(model.position.shape[1], options).to(model.position.device)
+
+
+def _apply_fused_prompt(model: DigitTransformer, options: Options) -> None:
+    model.prompt = FusedPrompt(model.position.shape[1], options).to(model.position.device)
+
+
+def _explain_prompt(model: DigitTransformer, batch_size: int) -> list[peft_kernels.Explanation]:
+    x = model.position.expand(batch_size, -1, -1)
+    prompts = [each for each in model.modules() if isinstance(each, FusedPrompt)]
+    return [
+        peft_kernels.explain(peft_kernels.prompt_embedding, *each.arguments(x)) for each in prompts
+    ]
+
+
+PROMPT = Method(
+    "Prompt", _apply_eager_prompt, _apply_fused_prompt, _explain_prompt, has_dropout=False
+)
+
+# Adapters and prefix tuning join here.
+METHODS = (LORA, PROMPT)
 
 
 def apply(

@@ -64,6 +64,8 @@ class DigitTransformer(nn.Module):
         self.embed = nn.Linear(PATCH * PATCH, width)
         # Wide apart: mean pooling sees where a stroke lies only through these.
         self.position = nn.Parameter(torch.randn(TOKENS, width) * 0.5)
+        # Where prompt tuning puts its rows in front of the patches.
+        self.prompt: nn.Module = nn.Identity()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
@@ -72,7 +74,7 @@ class DigitTransformer(nn.Module):
         """Return logits [B, 10] for images [B, 8, 8]."""
         patches = nn.functional.pixel_unshuffle(images.unsqueeze(1), PATCH)  # [B, 4, 4, 4]
         tokens = patches.flatten(2).transpose(1, 2).to(self.embed.weight.dtype)  # [B, S, 4]
-        x = self.embed(tokens) + self.position
+        x = self.prompt(self.embed(tokens) + self.position)  # [B, P + S, D]
         for block in self.blocks:
             x = block(x)
         pooled = self.norm(x).mean(1)  # [B, D]

@@ -44,27 +44,26 @@ def tell(settings: Settings) -> None:
     # Before any training: a demand that cannot be met should be heard at once.
     served = [entry for method in METHODS for entry in _served(model, method, settings)]
     known, new = data.load(settings.seed, settings.device)
-    variants = _variants(settings)
+    runs = [(method, options) for method in METHODS for options in _variants(settings, method)]
 
     rows: list[report.Row] = []
     adapters: list[dict[str, Any]] = []
-    total = settings.pretrain_steps + len(METHODS) * len(variants) * settings.steps
+    total = settings.pretrain_steps + len(runs) * settings.steps
     hidden = settings.quiet or not sys.stderr.isatty()
     with tqdm(total=total, unit="step", disable=hidden, leave=False) as bar:
         bar.set_description("pre-training on digits 0-4")
         train.pretrain(model, known, settings.pretrain_steps, settings.seed, bar.update)
         freeze(model, settings.dtype)
         known_accuracy = train.accuracy(model, known)
-        for method in METHODS:
-            for options in variants:
-                name = method.name + (f", dropout {options.dropout:g}" if options.dropout else "")
-                bar.set_description(f"{name} on digits 5-9")
-                row, fused = _compare(name, model, method, options, new, settings, bar.update)
-                rows.append(row)
-                if options is variants[0]:
-                    path = settings.out / f"{method.name.lower()}.safetensors"
-                    adapter_file.save(path, fused, method, options)
-                    adapters.append(_rescore(path, model, method, new, row.accuracy_fused))
+        for method, options in runs:
+            name = method.name + (f", dropout {options.dropout:g}" if options.dropout else "")
+            bar.set_description(f"{name} on digits 5-9")
+            row, fused = _compare(name, model, method, options, new, settings, bar.update)
+            rows.append(row)
+            if not options.dropout:
+                path = settings.out / f"{method.name.lower()}.safetensors"
+                adapter_file.save(path, fused, method, options)
+                adapters.append(_rescore(path, model, method, new, row.accuracy_fused))
 
     summary = {
         "settings": {**settings.as_json(), "batch_size": train.BATCH_SIZE},
@@ -95,9 +94,10 @@ def tell(settings: Settings) -> None:
     _check_learned(rows)
 
 
-def _variants(settings: Settings) -> list[Options]:
+def _variants(settings: Settings, method: Method) -> list[Options]:
     """Return what to adapt with: no dropout first, where eager's losses can be compared."""
-    probabilities = (0.0, settings.dropout) if settings.dropout else (0.0,)
+    dropped = settings.dropout and method.has_dropout
+    probabilities = (0.0, settings.dropout) if dropped else (0.0,)
     return [Options(settings.rank, settings.alpha, each) for each in probabilities]
 
 
@@ -105,7 +105,7 @@ def _served(model: DigitTransformer, method: Method, settings: Settings) -> list
     """Return which backend serves how many of the fused layers, and why no other one does."""
     probe = copy.deepcopy(model)
     freeze(probe, settings.dtype)
-    methods.apply(probe, method.apply_fused, _variants(settings)[-1])
+    methods.apply(probe, method.apply_fused, _variants(settings, method)[-1])
     counts: Counter[str] = Counter()
     found: dict[str, Any] = {}
     for explanation in method.explain(probe, train.BATCH_SIZE):
@@ -122,7 +122,7 @@ def _served(model: DigitTransformer, method: Method, settings: Settings) -> list
 def _say(served: list[dict[str, Any]]) -> None:
     for entry in served:
         plan = f" ({entry['plan']})" if entry["plan"] else ""
-        layers = f"{entry['layers']} layers"
+        layers = f"{entry['layers']} layer" + ("s" if entry["layers"] > 1 else "")
         print(f"{entry['method']}: {entry['op']} of {layers} ran on {entry['backend']}{plan}")
         if entry["backend"] == "reference":
             reasons = "; ".join(f"{name}: {why}" for name, why in entry["reasons"].items())

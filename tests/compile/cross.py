@@ -20,7 +20,7 @@ TMEM_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel needs and contains."""
+    """What one compiled kernel needs and contains; wide accesses move 16 bytes a thread."""
 
     registers: int
     spills: int
@@ -28,6 +28,8 @@ class Report:
     async_copies: int
     shared_kib: float
     tmem_columns: int
+    wide_loads: int = 0
+    wide_stores: int = 0
 
     def problems(self, family: str, *, pipelined: bool) -> list[str]:
         """Return what would make this kernel wrong or slow on ``family``."""
@@ -90,6 +92,8 @@ def compile_for(
         async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
         shared_kib=compiled.metadata.shared / 1024,
         tmem_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        wide_loads=len(re.findall(r"\bLDG\S*\.128", sass)),
+        wide_stores=len(re.findall(r"\bSTG\S*\.128", sass)),
     )
 
 

@@ -20,7 +20,7 @@ from peft_kernels.demo import main as demo
 from peft_kernels.demo import story
 from tests.demo.conftest import QuickRun, command, environment
 
-WRITTEN = ["demo.json", "demo.png", "lora.safetensors"]
+WRITTEN = ["demo.json", "demo.png", "lora.safetensors", "prompt.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def summary(quick: QuickRun) -> dict[str, Any]:
     return json.loads((quick.out / "demo.json").read_text())
 
 
-def test_ends_well_and_leaves_its_three_files_alone(quick: QuickRun) -> None:
+def test_ends_well_and_leaves_its_files_alone(quick: QuickRun) -> None:
     assert quick.finished.returncode == 0, quick.finished.stderr
     assert sorted(os.listdir(quick.out)) == WRITTEN
     assert "Traceback" not in quick.finished.stderr
@@ -47,7 +47,8 @@ def test_table_has_a_line_per_row_and_fits_a_terminal(
 
 
 def test_adapting_learns_the_new_digits_in_both_forms(summary: dict[str, Any]) -> None:
-    assert [row["dropout"] for row in summary["rows"]] == [0.0, 0.1]
+    named = [(row["name"], row["dropout"]) for row in summary["rows"]]
+    assert named == [("LoRA", 0.0), ("LoRA, dropout 0.1", 0.1), ("Prompt", 0.0)]
     for row in summary["rows"]:
         assert 0.0 <= row["accuracy_before"] < row["accuracy_eager"] <= 1.0
         assert row["accuracy_before"] < row["accuracy_fused"] <= 1.0
@@ -56,18 +57,20 @@ def test_adapting_learns_the_new_digits_in_both_forms(summary: dict[str, Any]) -
 
 
 def test_fused_losses_are_the_eager_ones_to_rounding(summary: dict[str, Any]) -> None:
-    without, with_dropout = summary["rows"]
-    assert len(without["losses_fused"]) == summary["settings"]["steps"]
-    pairs = zip(without["losses_eager"], without["losses_fused"], strict=True)
-    largest = max(abs(eager - fused) for eager, fused in pairs)
-    assert largest == without["largest_loss_difference"]
-    # Ten rounding units of float32 at the first loss, about 8. A scaling off by 1 % exceeds it.
-    assert largest <= 1e-5
+    without, with_dropout, prompt = summary["rows"]
+    for row in (without, prompt):
+        assert len(row["losses_fused"]) == summary["settings"]["steps"]
+        pairs = zip(row["losses_eager"], row["losses_fused"], strict=True)
+        largest = max(abs(eager - fused) for eager, fused in pairs)
+        assert largest == row["largest_loss_difference"]
+        # Ten rounding units of float32 at the first loss, about 8. A scaling off by 1 % exceeds it.
+        assert largest <= 1e-5
     assert with_dropout["largest_loss_difference"] is None
 
 
 def test_fused_saves_fewer_bytes_under_dropout_and_never_more(summary: dict[str, Any]) -> None:
-    without, with_dropout = summary["rows"]
+    without, with_dropout, prompt = summary["rows"]
+    assert 0 < prompt["saved_bytes_fused"] <= prompt["saved_bytes_eager"]
     assert 0 < without["saved_bytes_fused"] <= without["saved_bytes_eager"]
     assert with_dropout["saved_bytes_fused"] < 0.75 * with_dropout["saved_bytes_eager"]
     # The mask is made again from its seed, 8 bytes in each of the 18 layers.
@@ -84,19 +87,25 @@ def test_summary_names_settings_versions_times_and_the_backend(
     for row in summary["rows"]:
         assert row["ms_per_step_eager"] > 0
         assert row["ms_per_step_fused"] > 0
-    (served,) = summary["served"]
-    assert served["layers"] == 18
-    assert served["backend"] == ("cpp" if extension.why_not() is None else "reference")
-    assert f"ran on {served['backend']}" in quick.finished.stdout
-    assert ("WARNING" in quick.finished.stderr) == (served["backend"] == "reference")
+    assert [(each["method"], each["layers"]) for each in summary["served"]] == [
+        ("LoRA", 18),
+        ("Prompt", 1),
+    ]
+    for served in summary["served"]:
+        assert served["backend"] == ("cpp" if extension.why_not() is None else "reference")
+        assert f"ran on {served['backend']}" in quick.finished.stdout
+        assert ("WARNING" in quick.finished.stderr) == (served["backend"] == "reference")
 
 
 def test_adapter_file_holds_the_trained_tensors_and_scores_the_same(
     quick: QuickRun, summary: dict[str, Any]
 ) -> None:
-    (adapter,) = summary["adapters"]
-    assert adapter["accuracy_reloaded"] == adapter["accuracy_trained"]
-    assert adapter["accuracy_trained"] == summary["rows"][0]["accuracy_fused"]
+    adapter, prompt = summary["adapters"]
+    for each, row in ((adapter, summary["rows"][0]), (prompt, summary["rows"][2])):
+        assert each["accuracy_reloaded"] == each["accuracy_trained"] == row["accuracy_fused"]
+    with safe_open(quick.out / prompt["file"], framework="pt") as file:
+        assert set(file.keys()) == {"prompt.prompt", "head.weight", "head.bias"}
+        assert list(file.get_tensor("prompt.prompt").shape) == [8, 192]
     with safe_open(quick.out / adapter["file"], framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
         shape = file.get_tensor("blocks.0.attention.q.lora_A").shape

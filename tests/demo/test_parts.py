@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peft_kernels.demo import adapter_file, data, measure, methods, options, report, story, train
-from peft_kernels.demo.methods import LORA, Options
+from peft_kernels.demo.methods import LORA, PROMPT, Method, Options
 from peft_kernels.demo.model import DigitTransformer, freeze
 
 CPU = torch.device("cpu")
@@ -78,14 +78,17 @@ def test_eager_lora_is_what_peft_computes() -> None:
     assert torch.equal(eager(x), theirs(x))
 
 
+@pytest.mark.parametrize(("method", "count"), [(LORA, 6 * 2 + 2), (PROMPT, 1 + 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pair_starts_in_one_state_and_trains_adapter_and_head_only(dtype: torch.dtype) -> None:
+def test_pair_starts_in_one_state_and_trains_adapter_and_head_only(
+    dtype: torch.dtype, method: Method, count: int
+) -> None:
     frozen = small_frozen_model(dtype)
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
-    eager, fused = methods.build_pair(frozen, LORA, Options(4, 8.0, 0.0))
+    eager, fused = methods.build_pair(frozen, method, Options(4, 8.0, 0.0))
     trained = methods.trained_tensors(eager)
     assert set(trained) == set(methods.trained_tensors(fused))
-    assert len(trained) == 6 * 2 + 2
+    assert len(trained) == count
     for name, tensor in methods.trained_tensors(fused).items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, trained[name])
@@ -206,6 +209,26 @@ def test_the_reference_is_called_out(
     captured = capsys.readouterr()
     assert "lora_linear of 6 layers ran on reference" in captured.out
     assert "WARNING: no fused kernel served 6 layers" in captured.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_the_prompt_give_the_same_logits_and_gradients(dtype: torch.dtype) -> None:
+    pair = methods.build_pair(small_frozen_model(dtype), PROMPT, Options(3, 6.0, 0.0))
+    images = torch.randn(5, 8, 8)
+    eager, fused = (model(images) for model in pair)
+    assert torch.equal(eager, fused)
+    gradients = []
+    for model, logits in zip(pair, (eager, fused), strict=True):
+        logits.square().sum().backward()
+        gradients.append(model.prompt.get_parameter("prompt").grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.0)
+
+
+def test_prompt_tuning_has_no_second_run_with_dropout() -> None:
+    settings = small_settings()
+    assert [each.dropout for each in story._variants(settings, LORA)] == [0.0, 0.1]
+    assert [each.dropout for each in story._variants(settings, PROMPT)] == [0.0]
 
 
 def _failing(error: BaseException) -> Callable[..., None]:
