@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import triton_runtime
 from peft_kernels.core.library import out_variant_op
+from peft_kernels.core.operands import as_rows, cast, narrow, packed, rows, widen
 from peft_kernels.lora import cpp, reference
 
 
@@ -68,26 +69,9 @@ LORA_LINEAR = backends.Op(
 )
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if value.dtype == dtype else value.to(dtype)
-
-
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x as [M, K] in ``dtype`` with unit inner stride: a view wherever that is possible."""
-    x = _cast(x, dtype)
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = _cast(weight, dtype)
+    weight = cast(weight, dtype)
     return weight if 1 in weight.stride() else weight.contiguous()
-
-
-def _packed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    value = _cast(value, dtype)
-    return value if value.is_contiguous() else value.contiguous()
 
 
 def run_forward(
@@ -112,11 +96,11 @@ def run_forward(
         return
     spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     backends.select(LORA_LINEAR, spec, backend).forward(
-        _rows(x, dtype),
+        rows(x, dtype),
         _matrix(weight, dtype),
-        _packed(lora_a, dtype),
-        _packed(lora_b, dtype),
-        None if bias is None else _packed(bias, dtype),
+        packed(lora_a, dtype),
+        packed(lora_b, dtype),
+        None if bias is None else packed(bias, dtype),
         seed,
         scale,
         dropout_p,
@@ -154,43 +138,26 @@ def run_backward(
         return
     spec = LoRASpec(x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     # Under autocast x and weight may be wider than what is computed in.
-    dx_narrow = _narrow(dx, dtype)
-    dweight_narrow = _narrow(dweight, dtype)
+    dx_narrow = narrow(dx, dtype)
+    dweight_narrow = narrow(dweight, dtype)
     backends.select(LORA_LINEAR, spec, backend).backward(
-        _rows(dy, dtype),
-        _rows(x, dtype),
+        rows(dy, dtype),
+        rows(x, dtype),
         s,
         _matrix(weight, dtype),
-        _packed(lora_a, dtype),
-        _packed(lora_b, dtype),
+        packed(lora_a, dtype),
+        packed(lora_b, dtype),
         seed,
         scale,
         dropout_p,
-        _as_rows(dx_narrow),
+        as_rows(dx_narrow),
         da,
         db,
         dbias,
         dweight_narrow,
     )
-    _widen(dx_narrow, dx)
-    _widen(dweight_narrow, dweight)
-
-
-def _as_rows(gradient: Tensor | None) -> Tensor | None:
-    if gradient is None or gradient.dim() == 2:
-        return gradient
-    return gradient.view(-1, gradient.shape[-1])
-
-
-def _widen(narrow: Tensor | None, gradient: Tensor | None) -> None:
-    if narrow is not None and gradient is not None and narrow is not gradient:
-        gradient.copy_(narrow)
-
-
-def _narrow(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None or gradient.dtype == dtype:
-        return gradient
-    return torch.empty_like(gradient, dtype=dtype)
+    widen(dx_narrow, dx)
+    widen(dweight_narrow, dweight)
 
 
 # A float argument of an op compiles one graph per value, hence the 0-d tensor in the schemas.

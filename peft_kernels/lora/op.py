@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
+from peft_kernels.core.operands import gradient_of
 from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
 
 
@@ -61,21 +62,16 @@ class LoRALinearFunction(torch.autograd.Function):
         if scale is None:
             scale = ctx.scale
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dx = _gradient_of(x) if need_x else None
-        dweight = _gradient_of(weight) if need_weight else None
-        da = _gradient_of(lora_a) if need_a else None
-        db = _gradient_of(lora_b) if need_b else None
+        dx = gradient_of(x) if need_x else None
+        dweight = gradient_of(weight) if need_weight else None
+        da = gradient_of(lora_a) if need_a else None
+        db = gradient_of(lora_b) if need_b else None
         dbias = dy.new_empty(weight.shape[0], dtype=ctx.bias_dtype) if need_bias else None
         lora_backward(
             dy, x, s, weight, lora_a, lora_b, seed, scale, ctx.dropout_p, ctx.backend,
             dx, da, db, dbias, dweight,
         )  # fmt: skip
         return dx, dweight, da, db, dbias, None, None, None, None, None
-
-
-def _gradient_of(value: Tensor) -> Tensor:
-    # A gradient is packed whatever the strides; empty_like is the faster call where it gives that.
-    return torch.empty_like(value) if value.is_contiguous() else value.new_empty(value.shape)
 
 
 def lora_linear(

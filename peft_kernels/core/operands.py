@@ -1,0 +1,51 @@
+"""Tensors brought into the form that every launcher takes: 2-D, one dtype, a unit stride."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` in ``dtype``: itself where it has that already."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x as [M, K] in ``dtype`` with unit inner stride: a view wherever that is possible."""
+    x = cast(x, dtype)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def packed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` contiguous in ``dtype``."""
+    value = cast(value, dtype)
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def as_rows(gradient: Tensor | None) -> Tensor | None:
+    """Return a packed output as a view of two dimensions."""
+    if gradient is None or gradient.dim() == 2:
+        return gradient
+    return gradient.view(-1, gradient.shape[-1])
+
+
+def narrow(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return ``gradient``, or a fresh output of the dtype computed in where that is another."""
+    if gradient is None or gradient.dtype == dtype:
+        return gradient
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def widen(computed: Tensor | None, gradient: Tensor | None) -> None:
+    """Copy what ``narrow`` returned into ``gradient`` where the two differ."""
+    if computed is not None and gradient is not None and computed is not gradient:
+        gradient.copy_(computed)
+
+
+def gradient_of(value: Tensor) -> Tensor:
+    """Return an output for the gradient of ``value``: packed, whatever the strides of ``value``."""
+    # empty_like is the faster call where it gives that.
+    return torch.empty_like(value) if value.is_contiguous() else value.new_empty(value.shape)
