@@ -1,0 +1,140 @@
+"""Tile table of the bottleneck adapter, per GPU family and shape class.
+
+Data, not code. Every tile here cross-compiles without spills for its families
+(``tests/compile``); which of them is fastest has not been measured: they are reasoned from the
+sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from peft_kernels.core.tiles import FAMILIES, family, precision
+
+# Ranks that a program holds at most; above, the products are the GEMM library's.
+MAX_BOTTLENECK = 256
+
+
+@dataclass(frozen=True)
+class AdapterTile:
+    """How one launch of an adapter runs.
+
+    Attributes:
+        variant: "fused", or "library" (library GEMMs and eager epilogues: bottlenecks above 256,
+            and exact float32 products).
+        block_m: rows (tokens) of a program.
+        block_d: features that it streams at a time.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    variant: str
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        """Return variant and sizes in short."""
+        if self.variant == "library":
+            return (
+                "library: GEMMs of bottlenecks above 256 and of exact float32 are the library's"
+            )
+        return (
+            f"fused {self.block_m}x{self.block_d}, {self.num_warps} warps, "
+            f"{self.num_stages} stages"
+        )
+
+
+LIBRARY = AdapterTile("library", 0, 0, 0, 0)
+_INTERPRETED = AdapterTile("fused", 32, 32, 4, 1)
+
+# By the columns of the block that holds the bottleneck. A program streams the weights once, so
+# many rows save traffic from L2; "few" tokens need small row blocks to keep the GPU busy.
+_16BIT = {
+    "few": {
+        16: AdapterTile("fused", 16, 128, 4, 3),
+        32: AdapterTile("fused", 16, 128, 4, 3),
+        64: AdapterTile("fused", 16, 128, 4, 3),
+        128: AdapterTile("fused", 16, 64, 4, 3),
+        256: AdapterTile("fused", 16, 64, 4, 2),
+    },
+    "many": {
+        16: AdapterTile("fused", 64, 128, 8, 3),
+        32: AdapterTile("fused", 64, 128, 8, 3),
+        64: AdapterTile("fused", 64, 128, 8, 3),
+        128: AdapterTile("fused", 64, 128, 8, 2),
+        256: AdapterTile("fused", 64, 64, 8, 2),
+    },
+}
+# float32 with tf32 products.
+_32BIT = {
+    "few": {
+        16: AdapterTile("fused", 16, 64, 4, 3),
+        32: AdapterTile("fused", 16, 64, 4, 3),
+        64: AdapterTile("fused", 16, 64, 4, 3),
+        128: AdapterTile("fused", 16, 32, 4, 3),
+        256: AdapterTile("fused", 16, 32, 4, 2),
+    },
+    "many": {
+        16: AdapterTile("fused", 64, 64, 8, 3),
+        32: AdapterTile("fused", 64, 64, 8, 3),
+        64: AdapterTile("fused", 64, 64, 8, 3),
+        128: AdapterTile("fused", 64, 32, 8, 2),
+        256: AdapterTile("fused", 32, 32, 8, 2),
+    },
+}
+# Exceptions of a family: (dtype, shape class, block of the bottleneck) -> tile.
+_EXCEPTIONS: dict[str, dict[tuple[str, str, int], AdapterTile]] = {}
+
+FEW_TOKENS = 4096
+
+
+def bottleneck_block(bottleneck: int) -> int:
+    """Return the columns of the block that holds a bottleneck: a power of two of at least 16."""
+    return max(16, 1 << (bottleneck - 1).bit_length())
+
+
+def adapter_tile(
+    device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int
+) -> AdapterTile:
+    """Return how an adapter runs, forward and backward alike.
+
+    Args:
+        device: where.
+        dtype: float32, float16 or bfloat16.
+        tokens: M.
+        bottleneck: r.
+    """
+    if bottleneck > MAX_BOTTLENECK:
+        return LIBRARY
+    if device.type != "cuda":
+        return _INTERPRETED
+    if dtype == torch.float32 and precision(dtype, device) == "ieee":
+        return LIBRARY
+    width = "fp32" if dtype == torch.float32 else "16bit"
+    shape_class = "few" if tokens <= FEW_TOKENS else "many"
+    return _lookup(family(device), width, shape_class, bottleneck_block(bottleneck))
+
+
+def _lookup(name: str, width: str, shape_class: str, block: int) -> AdapterTile:
+    table = _32BIT if width == "fp32" else _16BIT
+    exceptions = _EXCEPTIONS.get(name, {})
+    return exceptions.get((width, shape_class, block), table[shape_class][block])
+
+
+def plan(device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int) -> str:
+    """Return how a call runs, for ``explain``."""
+    return str(adapter_tile(device, dtype, tokens, bottleneck))
+
+
+def adapter_cases() -> Iterator[tuple[str, str, str, int, AdapterTile]]:
+    """Yield (family, width, shape class, bottleneck block, tile) of every launch of the tables."""
+    for name in FAMILIES:
+        for width, table in (("16bit", _16BIT), ("fp32", _32BIT)):
+            for shape_class, tiles in table.items():
+                for block in tiles:
+                    yield name, width, shape_class, block, _lookup(name, width, shape_class, block)
