@@ -134,9 +134,7 @@ def _adapter_forward_kernel(
     """Grid (row blocks,); GROUPS is 0, or a power of two of at least the number of groups."""
     ranks = R
     if GROUPS > 0:
-        group, rows, mask_m = _tile_of_group(
-            order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS
-        )
+        group, rows, mask_m = _tile_of_group(order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS)
         ranks = tl.where(group > 0, R, 0)
         adapter = tl.maximum(group - 1, 0).to(tl.int64)
         down_ptr += adapter * R * D
@@ -180,9 +178,7 @@ def _adapter_backward_kernel(
     """Grid (row blocks,): dpre and dx, and h again for the gradients of the weights."""
     ranks = R
     if GROUPS > 0:
-        group, rows, mask_m = _tile_of_group(
-            order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS
-        )
+        group, rows, mask_m = _tile_of_group(order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS)
         ranks = tl.where(group > 0, R, 0)
         adapter = tl.maximum(group - 1, 0).to(tl.int64)
         down_ptr += adapter * R * D

@@ -65,7 +65,7 @@ def adapter_forward(
 
     With ``index`` [M] the parameters are those of E adapters, the adapter's number first.
     """
-    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1])
+    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "forward")
     with torch.cuda.device_of(x):
         if tile.variant == "library":
             keep = _keep(y, seed, dropout_p)
@@ -115,7 +115,7 @@ def adapter_backward(
     index: Tensor | None = None,
 ) -> None:
     """Write the gradients that are not None: dpre and dx in one launch, the rest in one."""
-    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1])
+    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "backward")
     with torch.cuda.device_of(x):
         if tile.variant == "library":
             reference.backward_masked(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_kernels.core.tiles import FAMILIES, family, precision
+from peft_kernels.core.tiles import family, precision
 
 # Ranks that a program holds at most; above, the products are the GEMM library's.
 MAX_BOTTLENECK = 256
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,9 @@ class AdapterTile:
     def __str__(self) -> str:
         """Return variant and sizes in short."""
         if self.variant == "library":
-            return (
-                "library: GEMMs of bottlenecks above 256 and of exact float32 are the library's"
-            )
+            return "library: GEMMs of bottlenecks above 256 and of exact float32 are the library's"
         return (
-            f"fused {self.block_m}x{self.block_d}, {self.num_warps} warps, "
-            f"{self.num_stages} stages"
+            f"fused {self.block_m}x{self.block_d}, {self.num_warps} warps, {self.num_stages} stages"
         )
 
 
@@ -87,8 +85,12 @@ _32BIT = {
         256: AdapterTile("fused", 32, 32, 8, 2),
     },
 }
-# Exceptions of a family: (dtype, shape class, block of the bottleneck) -> tile.
-_EXCEPTIONS: dict[str, dict[tuple[str, str, int], AdapterTile]] = {}
+# What the tables above are overruled by: (width, shape class, direction, block) -> tile, of all
+# families and of one. Backward holds pre and dpre at once: a block of 256 leaves room for few rows.
+_EXCEPTIONS: dict[tuple[str, str, str, int], AdapterTile] = {
+    ("16bit", "many", "backward", 256): AdapterTile("fused", 32, 64, 8, 2),
+}
+_FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {}
 
 FEW_TOKENS = 4096
 
@@ -99,15 +101,16 @@ def bottleneck_block(bottleneck: int) -> int:
 
 
 def adapter_tile(
-    device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int
+    device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int, direction: str
 ) -> AdapterTile:
-    """Return how an adapter runs, forward and backward alike.
+    """Return how one launch of an adapter runs.
 
     Args:
         device: where.
         dtype: float32, float16 or bfloat16.
         tokens: M.
         bottleneck: r.
+        direction: "forward" or "backward".
     """
     if bottleneck > MAX_BOTTLENECK:
         return LIBRARY
@@ -117,24 +120,35 @@ def adapter_tile(
         return LIBRARY
     width = "fp32" if dtype == torch.float32 else "16bit"
     shape_class = "few" if tokens <= FEW_TOKENS else "many"
-    return _lookup(family(device), width, shape_class, bottleneck_block(bottleneck))
+    return _lookup(family(device), width, shape_class, direction, bottleneck_block(bottleneck))
 
 
-def _lookup(name: str, width: str, shape_class: str, block: int) -> AdapterTile:
+def _lookup(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
     table = _32BIT if width == "fp32" else _16BIT
-    exceptions = _EXCEPTIONS.get(name, {})
-    return exceptions.get((width, shape_class, block), table[shape_class][block])
+    key = (width, shape_class, direction, block)
+    own = _FAMILY_EXCEPTIONS.get(name, {})
+    return own.get(key) or _EXCEPTIONS.get(key) or table[shape_class][block]
 
 
 def plan(device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int) -> str:
-    """Return how a call runs, for ``explain``."""
-    return str(adapter_tile(device, dtype, tokens, bottleneck))
+    """Return how forward and backward of a call run, for ``explain``."""
+    forward, backward = (
+        adapter_tile(device, dtype, tokens, bottleneck, direction) for direction in DIRECTIONS
+    )
+    if forward.variant == "library":
+        return str(forward)
+    return f"forward {forward}; backward {backward}"
 
 
-def adapter_cases() -> Iterator[tuple[str, str, str, int, AdapterTile]]:
-    """Yield (family, width, shape class, bottleneck block, tile) of every launch of the tables."""
-    for name in FAMILIES:
-        for width, table in (("16bit", _16BIT), ("fp32", _32BIT)):
-            for shape_class, tiles in table.items():
-                for block in tiles:
-                    yield name, width, shape_class, block, _lookup(name, width, shape_class, block)
+def adapter_cases(name: str, width: str) -> Iterator[tuple[str, str, int, AdapterTile]]:
+    """Yield (shape class, direction, block, tile) of every launch of a family's tables.
+
+    Args:
+        name: the family.
+        width: "16bit" or "fp32".
+    """
+    for shape_class, tiles in (_32BIT if width == "fp32" else _16BIT).items():
+        for direction in DIRECTIONS:
+            for block in tiles:
+                tile = _lookup(name, width, shape_class, direction, block)
+                yield shape_class, direction, block, tile

@@ -9,9 +9,11 @@ import triton.language as tl
 @triton.jit
 def load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
     """Return a scale that is given as a number or as a pointer to one."""
+    # With a return after the branch, the compiler would find two types of result.
     if SCALE_IS_POINTER:
         return tl.load(scale)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit

@@ -187,9 +187,7 @@ def _sum_tile(
         )  # fmt: skip
         if SCALE_GRAD > 0:
             if last_to_arrive(scale_counter_ptr, scale_tiles):
-                _sum_scale_gradient(
-                    scale_part_ptr, d_scale_ptr, C, tl.num_programs(1), SCALE_GRAD
-                )
+                _sum_scale_gradient(scale_part_ptr, d_scale_ptr, C, tl.num_programs(1), SCALE_GRAD)
 
 
 @triton.jit(do_not_specialize=["drop_threshold"])

@@ -1,4 +1,4 @@
-"""Cross-compile every LoRA kernel and tile of one GPU family.
+"""Cross-compile every kernel and tile of one GPU family.
 
 ``python -m tests.compile.sweep sm_90 bf16 --only reduction``
 
@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from peft_kernels.core import tiles
-from tests.compile import lora_sources
+from peft_kernels.core import adapter_tiles, tiles
+from tests.compile import adapter_sources, lora_sources, reduction_sources
 from tests.compile.cross import Report, compile_for
 
 # Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
@@ -28,6 +28,19 @@ _LAUNCHES = {
     "backward": (("backward", 0),),
     "masked": (("backward", 2),),
 }
+# Dropout, splits, scale (1 a number, 2 learned, 3 by channel) and groups of adapter gradients.
+_ADAPTER_REDUCTIONS = (
+    (False, 8, 1, False),
+    (True, 8, 3, False),
+    (True, 1, 2, False),
+    (True, 1, 1, True),
+)
+# What adds to the registers of an adapter's launch.
+_ADAPTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"dropout": True, "scale": 3, "activation": "mish"},
+    {"dropout": True, "groups": 8, "activation": "gelu_tanh"},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +74,10 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
             source = lora_sources.low_rank(dtype, tile, rank, dropout)
             name = f"low_rank dropout{dropout} r{rank}"
             yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
+        # Under torch.compile the scale is a tensor.
+        source = lora_sources.low_rank(dtype, tile, rank, 0, scale_is_pointer=True)
+        name = f"low_rank scale in a tensor r{rank}"
+        yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
         source = lora_sources.masked_update(dtype, tile, rank)
         name = f"masked_update r{rank}"
         # No loop to pipeline at this rank: y is read and written once.
@@ -72,22 +89,45 @@ def _reductions(dtype: str) -> Iterator[Case]:
     for tile in dict.fromkeys(table.values()):
         for dropout in (False, True):
             for splits in (1, 8):
-                source = lora_sources.reduction(dtype, tile, dropout, splits)
+                source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+        for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
+            source = reduction_sources.adapter(dtype, tile, dropout, splits, scale, grouped)
+            name = f"adapter reduction dropout{int(dropout)} r{tile.block_r} splits{splits} "
+            name += f"scale{scale}" + " grouped" * grouped
+            yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+
+
+def _adapters(family: str, dtype: str) -> Iterator[Case]:
+    width = "fp32" if dtype == "fp32" else "16bit"
+    for shape_class, direction, block, tile in adapter_tiles.adapter_cases(family, width):
+        for options in _ADAPTERS:
+            source = adapter_sources.adapter(dtype, tile, block, direction, **options)
+            what = " ".join(f"{name}={value}" for name, value in options.items())
+            name = f"adapter {shape_class} {direction} r{block} {tile} {what}".rstrip()
+            kernel = f"_adapter_{direction}_kernel"
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
 
 
 def cases(family: str, dtype: str) -> list[Case]:
     """Return every case of a family and "bf16", "fp16" or "fp32"."""
-    return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
+    return [
+        *_products(family, dtype),
+        *_low_ranks(dtype),
+        *_reductions(dtype),
+        *_adapters(family, dtype),
+    ]
 
 
 def compile_case(case: Case, family: str) -> Report:
     """Cross-compile one case."""
-    from peft_kernels.core import token_reduction
-    from peft_kernels.lora import kernels
+    from peft_kernels.adapter import kernels as adapter_kernels
+    from peft_kernels.core import reduction_kernels
+    from peft_kernels.lora import kernels as lora_kernels
 
-    kernel = getattr(kernels, case.kernel, None) or getattr(token_reduction, case.kernel)
+    homes = (lora_kernels, adapter_kernels, reduction_kernels)
+    kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     return compile_for(kernel, family, types, constants, divisible, case.num_warps, case.num_stages)
