@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peft_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from peft_kernels.adapter.grouped import adapter_grouped
     from peft_kernels.adapter.layer import Adapter
     from peft_kernels.adapter.op import adapter
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
@@ -27,6 +28,7 @@ _HOMES = {
     "Explanation": "peft_kernels.core.backend",
     "LoRALinear": "peft_kernels.lora.layer",
     "adapter": "peft_kernels.adapter.op",
+    "adapter_grouped": "peft_kernels.adapter.grouped",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
     "replace": "peft_kernels.models.replace",
@@ -39,6 +41,7 @@ __all__ = [
     "LoRALinear",
     "__version__",
     "adapter",
+    "adapter_grouped",
     "explain",
     "lora_linear",
     "replace",

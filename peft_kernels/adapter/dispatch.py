@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.adapter import reference
+from peft_kernels.adapter import reference, reference_grouped
 from peft_kernels.core import backend as backends
 from peft_kernels.core import extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
@@ -89,6 +89,20 @@ ADAPTER = backends.Op(
 )
 
 
+# As launchers of one adapter, with the index of every row as one more argument.
+ADAPTER_GROUPED = backends.Op(
+    "adapter_grouped",
+    (
+        backends.Backend(
+            "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
+        ),
+        backends.Backend(
+            "reference", reference_grouped.forward, reference_grouped.backward, lambda spec: None
+        ),
+    ),
+)
+
+
 def _optional(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else packed(value, dtype)
 
@@ -105,6 +119,10 @@ def _scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return packed(scale, scale_dtype(dtype)).reshape(-1)
 
 
+def _op(index: Tensor | None) -> backends.Op:
+    return ADAPTER if index is None else ADAPTER_GROUPED
+
+
 def run_forward(
     x: Tensor,
     down: Tensor,
@@ -118,19 +136,20 @@ def run_forward(
     seed: Tensor | None,
     dropout_p: float,
     backend: str | None,
+    index: Tensor | None,
     y: Tensor,
     pre: Tensor,
 ) -> None:
     """Choose a backend and write y [..., D] and pre [M, r]; their dtype is the one computed in."""
     dtype = pre.dtype
-    (tokens, bottleneck), features = pre.shape, up.shape[0]
+    (tokens, bottleneck), features = pre.shape, up.shape[-2]
     if not tokens:
         return
     spec = AdapterSpec(x.device, dtype, tokens, features, bottleneck, seed is not None)
     x = rows(x, dtype)
     if residual is not None:
         residual = rows(residual, dtype)
-    backends.select(ADAPTER, spec, backend).forward(
+    backends.select(_op(index), spec, backend).forward(
         x,
         packed(down, dtype),
         packed(up, dtype),
@@ -143,6 +162,7 @@ def run_forward(
         dropout_p,
         y if y.dim() == 2 else y.view(tokens, features),
         pre,
+        *(() if index is None else (index,)),
     )
 
 
@@ -159,6 +179,7 @@ def run_backward(
     seed: Tensor | None,
     dropout_p: float,
     backend: str | None,
+    index: Tensor | None,
     input_residual: bool,
     dx: Tensor | None,
     d_down: Tensor | None,
@@ -169,7 +190,7 @@ def run_backward(
 ) -> None:
     """Choose a backend and write the gradients that are not None."""
     dtype = pre.dtype
-    (tokens, bottleneck), features = pre.shape, up.shape[0]
+    (tokens, bottleneck), features = pre.shape, up.shape[-2]
     if not tokens:
         for gradient in (d_down, d_up, d_down_bias, d_up_bias, d_scale):
             if gradient is not None:
@@ -178,7 +199,7 @@ def run_backward(
     spec = AdapterSpec(x.device, dtype, tokens, features, bottleneck, seed is not None)
     # Under autocast x may be wider than what is computed in.
     dx_narrow = narrow(dx, dtype)
-    backends.select(ADAPTER, spec, backend).backward(
+    backends.select(_op(index), spec, backend).backward(
         rows(dy, dtype),
         rows(x, dtype),
         pre,
@@ -197,6 +218,7 @@ def run_backward(
         d_down_bias,
         d_up_bias,
         d_scale,
+        *(() if index is None else (index,)),
     )
     widen(dx_narrow, dx)
 
@@ -207,7 +229,7 @@ adapter_forward = out_variant_op(
     run_forward,
     "(Tensor x, Tensor down, Tensor up, Tensor? down_bias, Tensor? up_bias, Tensor? residual, "
     "bool input_residual, Tensor scale, str activation, Tensor? seed, float dropout_p, "
-    "str? backend, Tensor(a!) y, Tensor(b!) pre) -> ()",
+    "str? backend, Tensor? index, Tensor(a!) y, Tensor(b!) pre) -> ()",
     ("y", "pre"),
 )
 adapter_backward = out_variant_op(
@@ -215,7 +237,7 @@ adapter_backward = out_variant_op(
     run_backward,
     "(Tensor dy, Tensor x, Tensor pre, Tensor down, Tensor up, Tensor? down_bias, "
     "Tensor? up_bias, Tensor scale, str activation, Tensor? seed, float dropout_p, str? backend, "
-    "bool input_residual, Tensor(a!)? dx, Tensor(b!)? d_down, Tensor(c!)? d_up, "
+    "Tensor? index, bool input_residual, Tensor(a!)? dx, Tensor(b!)? d_down, Tensor(c!)? d_up, "
     "Tensor(d!)? d_down_bias, Tensor(e!)? d_up_bias, Tensor(f!)? d_scale) -> ()",
     ("dx", "d_down", "d_up", "d_down_bias", "d_up_bias", "d_scale"),
 )

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from peft_kernels.adapter import kernels, reference
+from peft_kernels.adapter import kernels, reference, reference_grouped
 from peft_kernels.core import adapter_tiles, tiles
 from peft_kernels.core.adapter_tiles import AdapterTile
 from peft_kernels.core.rng import drop_threshold
@@ -67,6 +67,12 @@ def adapter_forward(
     """
     tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "forward")
     with torch.cuda.device_of(x):
+        if tile.variant == "library" and index is not None:
+            reference_grouped.forward(
+                x, down, up, down_bias, up_bias, residual, scale, activation, seed, dropout_p, y,
+                pre, index,
+            )  # fmt: skip
+            return
         if tile.variant == "library":
             keep = _keep(y, seed, dropout_p)
             reference.forward_masked(
@@ -117,6 +123,12 @@ def adapter_backward(
     """Write the gradients that are not None: dpre and dx in one launch, the rest in one."""
     tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "backward")
     with torch.cuda.device_of(x):
+        if tile.variant == "library" and index is not None:
+            reference_grouped.backward(
+                dy, x, pre, down, up, down_bias, up_bias, scale, activation, seed, dropout_p,
+                input_residual, dx, d_down, d_up, d_down_bias, d_up_bias, d_scale, index,
+            )  # fmt: skip
+            return
         if tile.variant == "library":
             reference.backward_masked(
                 dy, x, pre, down, up, up_bias, scale, activation, _keep(dy, seed, dropout_p),

@@ -49,17 +49,18 @@ class AdapterFunction(torch.autograd.Function):
         seed: Tensor | None,
         dropout_p: float,
         backend: str | None,
+        index: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
         """Return y [..., D] in ``dtype``, the one that is computed in."""
         y = x.new_empty(x.shape, dtype=dtype)
-        pre = x.new_empty((math.prod(x.shape[:-1]), down.shape[0]), dtype=dtype)
+        pre = x.new_empty((math.prod(x.shape[:-1]), down.shape[-2]), dtype=dtype)
         adapter_forward(
             x, down, up, down_bias, up_bias, residual, input_residual, scale, activation, seed,
-            dropout_p, backend, y, pre,
+            dropout_p, backend, index, y, pre,
         )  # fmt: skip
         scale_tensor = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(x, down, up, down_bias, up_bias, pre, seed, scale_tensor)
+        ctx.save_for_backward(x, down, up, down_bias, up_bias, pre, seed, scale_tensor, index)
         ctx.scale = None if scale_tensor is not None else scale
         ctx.input_residual, ctx.activation = input_residual, activation
         ctx.dropout_p, ctx.backend = dropout_p, backend
@@ -71,8 +72,8 @@ class AdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the seven tensors, each where it is needed."""
         if dy is None:
-            return (None,) * 13
-        x, down, up, down_bias, up_bias, pre, seed, scale = ctx.saved_tensors
+            return (None,) * 14
+        x, down, up, down_bias, up_bias, pre, seed, scale, index = ctx.saved_tensors
         need_x, need_down, need_up, need_b1, need_b2, need_residual, need_scale = (
             ctx.needs_input_grad[:7]
         )
@@ -89,7 +90,7 @@ class AdapterFunction(torch.autograd.Function):
             adapter_backward(
                 dy, x, pre, down, up, down_bias, up_bias,
                 ctx.scale if scale is None else scale, ctx.activation, seed, ctx.dropout_p,
-                ctx.backend, ctx.input_residual,
+                ctx.backend, index, ctx.input_residual,
                 dx, d_down, d_up, d_down_bias, d_up_bias, d_scale,
             )  # fmt: skip
         if d_scale is not None:
@@ -98,7 +99,7 @@ class AdapterFunction(torch.autograd.Function):
         d_residual = dy.to(ctx.residual_dtype) if need_residual else None
         return (
             dx, d_down, d_up, d_down_bias, d_up_bias, d_residual, d_scale,
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -168,23 +169,52 @@ def adapter(
     """
     own_residual, factor, probability, dtype = _check(
         x, down_weight, up_weight, down_bias, up_bias, activation, scale, residual,
-        dropout_p if training else 0.0, backend,
+        dropout_p, backend,
     )  # fmt: skip
-    checks.check_probability("dropout_p", dropout_p)
-    if probability == 0.0:
+    return call(
+        (x, down_weight, up_weight, down_bias, up_bias, own_residual, factor),
+        isinstance(residual, str), activation, probability if training else 0.0, seed, backend,
+        None, dtype,
+    )  # fmt: skip
+
+
+def call(
+    tensors: tuple[Any, ...],
+    input_residual: bool,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+    index: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run a call that has been checked, of one adapter or, with ``index``, of many.
+
+    Args:
+        tensors: x, the four parameters, the residual of its own, and the scale.
+        input_residual: whether x is the residual.
+        activation: its name.
+        dropout_p: 0 for no dropout.
+        seed: of the dropout, or None to draw one.
+        backend: a demand, or None.
+        index: int64 [M], the adapter of every row, or None.
+        dtype: the dtype to compute in.
+    """
+    *others, factor = tensors
+    device = others[0].device
+    if dropout_p == 0.0:
         seed = None
     else:
-        seed = rng.draw_seed(x.device) if seed is None else checks.check_seed(seed, x.device)
+        seed = rng.draw_seed(device) if seed is None else checks.check_seed(seed, device)
     # A tensor while tracing: a float would compile one graph per value.
     if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
-        factor = torch.full((), factor, dtype=scale_dtype(dtype), device=x.device)
+        factor = torch.full((), factor, dtype=scale_dtype(dtype), device=device)
     arguments = (
-        x, down_weight, up_weight, down_bias, up_bias, own_residual, factor,
-        isinstance(residual, str), activation, seed, probability, backend, dtype,
+        *others, factor, input_residual, activation, seed, dropout_p, backend, index, dtype,
     )  # fmt: skip
-    if not checks.autocast_enabled(x.device.type):
+    if not checks.autocast_enabled(device.type):
         return AdapterFunction.apply(*arguments)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         return AdapterFunction.apply(*arguments)
 
 

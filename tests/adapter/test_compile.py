@@ -91,15 +91,15 @@ def test_opcheck(dropout_p: float, scale: str) -> None:
     y, pre = torch.empty(5, 16), torch.empty(5, 4)
     torch.library.opcheck(
         torch.ops.peft_kernels.adapter_forward.default,
-        (x, down, up, down_bias, up_bias, None, True, factor, "gelu", seed, dropout_p, None, y,
-         pre),
+        (x, down, up, down_bias, up_bias, None, True, factor, "gelu", seed, dropout_p, None, None,
+         y, pre),
     )  # fmt: skip
     gradients = [torch.empty_like(t) for t in (x, down, up, down_bias, up_bias)]
     d_scale = torch.empty(factor.numel()) if learned else None
     torch.library.opcheck(
         torch.ops.peft_kernels.adapter_backward.default,
         (given.dy, x, pre, down, up, down_bias, up_bias, factor, "gelu", seed, dropout_p, None,
-         True, *gradients, d_scale),
+         None, True, *gradients, d_scale),
     )  # fmt: skip
 
 
