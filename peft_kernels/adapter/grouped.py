@@ -94,7 +94,7 @@ def _check(
     down_bias: Tensor | None,
     up_bias: Tensor | None,
     activation: str,
-    scale: float,
+    scale: object,
     residual: Tensor | str | None,
     dropout_p: float,
     backend: str | None,

@@ -23,7 +23,9 @@ def _at(value: Tensor | None, place: int | Tensor) -> Tensor | None:
 
 
 def _keep(like: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
-    return None if seed is None else dropout_mask(seed, *like.shape, dropout_p)
+    if seed is None:
+        return None
+    return dropout_mask(seed, like.shape[0], like.shape[1], dropout_p)
 
 
 def forward(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_kernels.core.tiles import family, precision
+from peft_kernels.core import tiles
+from peft_kernels.core.tiles import ReductionTile
 
 # Ranks that a program holds at most; above, the products are the GEMM library's.
 MAX_BOTTLENECK = 256
@@ -86,11 +87,25 @@ _32BIT = {
     },
 }
 # What the tables above are overruled by: (width, shape class, direction, block) -> tile, of all
-# families and of one. Backward holds pre and dpre at once: a block of 256 leaves room for few rows.
+# families and of one. Backward holds pre and dpre at once, and a mask beside the tile of dy.
 _EXCEPTIONS: dict[tuple[str, str, str, int], AdapterTile] = {
+    ("16bit", "few", "backward", 16): AdapterTile("fused", 16, 64, 4, 3),
+    ("16bit", "few", "backward", 256): AdapterTile("fused", 16, 64, 8, 2),
+    ("16bit", "many", "backward", 16): AdapterTile("fused", 64, 64, 8, 3),
+    ("16bit", "many", "backward", 32): AdapterTile("fused", 64, 64, 8, 3),
+    ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 2),
     ("16bit", "many", "backward", 256): AdapterTile("fused", 32, 64, 8, 2),
+    ("16bit", "many", "forward", 256): AdapterTile("fused", 32, 64, 8, 2),
+    ("fp32", "many", "backward", 32): AdapterTile("fused", 64, 32, 8, 3),
 }
 _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {}
+
+# The gradients of the parameters need registers for the scale, its gradient and the mask.
+REDUCTION_TILES = tiles.REDUCTION_TILES | {
+    16: ReductionTile(64, 64, 16, 8, 2),
+    32: ReductionTile(64, 64, 32, 4, 3),
+}
+REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT
 
 FEW_TOKENS = 4096
 
@@ -116,11 +131,13 @@ def adapter_tile(
         return LIBRARY
     if device.type != "cuda":
         return _INTERPRETED
-    if dtype == torch.float32 and precision(dtype, device) == "ieee":
+    if dtype == torch.float32 and tiles.precision(dtype, device) == "ieee":
         return LIBRARY
     width = "fp32" if dtype == torch.float32 else "16bit"
     shape_class = "few" if tokens <= FEW_TOKENS else "many"
-    return _lookup(family(device), width, shape_class, direction, bottleneck_block(bottleneck))
+    return _lookup(
+        tiles.family(device), width, shape_class, direction, bottleneck_block(bottleneck)
+    )
 
 
 def _lookup(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
@@ -128,6 +145,14 @@ def _lookup(name: str, width: str, shape_class: str, direction: str, block: int)
     key = (width, shape_class, direction, block)
     own = _FAMILY_EXCEPTIONS.get(name, {})
     return own.get(key) or _EXCEPTIONS.get(key) or table[shape_class][block]
+
+
+def reduction_tile(device: torch.device, dtype: torch.dtype, bottleneck: int) -> ReductionTile:
+    """Return the tile of the token-split reduction of the parameters' gradients."""
+    if device.type != "cuda":
+        return tiles.reduction_tile(device, dtype, bottleneck)
+    table = REDUCTION_TILES_32BIT if dtype == torch.float32 else REDUCTION_TILES
+    return table[16 if bottleneck <= 16 else 32 if bottleneck <= 32 else 64]
 
 
 def plan(device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int) -> str:
@@ -147,8 +172,8 @@ def adapter_cases(name: str, width: str) -> Iterator[tuple[str, str, int, Adapte
         name: the family.
         width: "16bit" or "fp32".
     """
-    for shape_class, tiles in (_32BIT if width == "fp32" else _16BIT).items():
+    for shape_class, table in (_32BIT if width == "fp32" else _16BIT).items():
         for direction in DIRECTIONS:
-            for block in tiles:
+            for block in table:
                 tile = _lookup(name, width, shape_class, direction, block)
                 yield shape_class, direction, block, tile

@@ -145,7 +145,7 @@ def token_reduction(
         v0, first.low, out0, _some(lowsum, unused), v1, second.low, out1, _some(colsum, unused),
         part0, lowsum_part, part1, colsum_part, counters, _some(seed, counters),
         groups.order if groups else counters, groups.offsets if groups else counters,
-        scaling.weight if scaling else unused, _some(scaling and scaling.bias, unused),
+        scaling.weight if scaling else unused, _some(scaling.bias if scaling else None, unused),
         scaling.scale if scaling else 1.0, scaling.inverse_keep if scaling else 1.0,
         scale_part, _some(gradient, unused),
         tokens, columns0, columns1, rank, v0.stride(0), v1.stride(0),

@@ -92,6 +92,13 @@ def _reductions(dtype: str) -> Iterator[Case]:
                 source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+
+
+def _adapter_reductions(dtype: str) -> Iterator[Case]:
+    table = adapter_tiles.REDUCTION_TILES
+    if dtype == "fp32":
+        table = adapter_tiles.REDUCTION_TILES_32BIT
+    for tile in dict.fromkeys(table.values()):
         for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
             source = reduction_sources.adapter(dtype, tile, dropout, splits, scale, grouped)
             name = f"adapter reduction dropout{int(dropout)} r{tile.block_r} splits{splits} "
@@ -116,6 +123,7 @@ def cases(family: str, dtype: str) -> list[Case]:
         *_products(family, dtype),
         *_low_ranks(dtype),
         *_reductions(dtype),
+        *_adapter_reductions(dtype),
         *_adapters(family, dtype),
     ]
 
