@@ -20,21 +20,25 @@ if TYPE_CHECKING:
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
+    from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
 
 _HOMES = {
+    "AdaptedModule": "peft_kernels.models.placement",
     "Adapter": "peft_kernels.adapter.layer",
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
     "LoRALinear": "peft_kernels.lora.layer",
     "adapter": "peft_kernels.adapter.op",
     "adapter_grouped": "peft_kernels.adapter.grouped",
+    "add_adapters": "peft_kernels.models.placement",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
     "replace": "peft_kernels.models.replace",
 }
 
 __all__ = [
+    "AdaptedModule",
     "Adapter",
     "BackendUnavailable",
     "Explanation",
@@ -42,6 +46,7 @@ __all__ = [
     "__version__",
     "adapter",
     "adapter_grouped",
+    "add_adapters",
     "explain",
     "lora_linear",
     "replace",
