@@ -98,14 +98,20 @@ _EXCEPTIONS: dict[tuple[str, str, str, int], AdapterTile] = {
     ("16bit", "many", "forward", 256): AdapterTile("fused", 32, 64, 8, 2),
     ("fp32", "many", "backward", 32): AdapterTile("fused", 64, 32, 8, 3),
 }
-_FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {}
+_FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
+    "sm_100": {("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2)},
+}
 
 # The gradients of the parameters need registers for the scale, its gradient and the mask.
 REDUCTION_TILES = tiles.REDUCTION_TILES | {
     16: ReductionTile(64, 64, 16, 8, 2),
     32: ReductionTile(64, 64, 32, 4, 3),
 }
-REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT
+_REDUCTION_TILE_32BIT = ReductionTile(32, 64, 32, 4, 2)
+REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT | {
+    32: _REDUCTION_TILE_32BIT,
+    64: _REDUCTION_TILE_32BIT,
+}
 
 FEW_TOKENS = 4096
 
