@@ -104,7 +104,7 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
 
 # The gradients of the parameters need registers for the scale, its gradient and the mask.
 REDUCTION_TILES = tiles.REDUCTION_TILES | {
-    16: ReductionTile(64, 64, 16, 8, 2),
+    16: ReductionTile(32, 64, 16, 4, 3),
     32: ReductionTile(64, 64, 32, 4, 3),
 }
 _REDUCTION_TILE_32BIT = ReductionTile(32, 64, 32, 4, 2)

@@ -33,8 +33,9 @@ def adapter(
     dropout: bool = False,
     scale: int = 1,
     groups: int = 0,
+    ragged: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
-    """Return (types, constants, divisible) of one launch; R is a multiple of 16."""
+    """Return (types, constants, divisible) of one launch; D and R are multiples of 16, or not."""
     types = _FORWARD if direction == "forward" else _BACKWARD
     types = {name: kind.format(t=dtype) for name, kind in types.items()}
     constants: dict[str, Any] = {
@@ -48,4 +49,13 @@ def adapter(
         constants |= dict.fromkeys(("NEED_DPRE", "NEED_HIDDEN", "NEED_DX", "INPUT_RESIDUAL"), True)
     if scale > 1:
         types["scale"] = "*fp32"
-    return types, constants, frozenset(set(types) - _RAGGED)
+    loose = _RAGGED | ({"D", "R", "stride_xm", "stride_rm", "stride_dym"} if ragged else set())
+    return types, constants, frozenset(set(types) - loose)
+
+
+def keep_mask() -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of the launch that writes the mask."""
+    types = {
+        "keep_ptr": "*i1", "seed_ptr": "*i64", "M": "i32", "C": "i32", "drop_threshold": "i32",
+    }  # fmt: skip
+    return types, {"BLOCK_M": 32, "BLOCK_C": 64}, frozenset({"keep_ptr", "seed_ptr", "C"})

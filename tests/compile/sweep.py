@@ -1,4 +1,4 @@
-"""Cross-compile every kernel and tile of one GPU family.
+"""Cross-compile every kernel and tile of one method for one GPU family.
 
 ``python -m tests.compile.sweep sm_90 bf16 --only reduction``
 
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from peft_kernels.adapter import activations
 from peft_kernels.core import adapter_tiles, tiles
 from tests.compile import adapter_sources, lora_sources, reduction_sources
 from tests.compile.cross import Report, compile_for
@@ -53,6 +54,7 @@ class Case:
     num_warps: int
     num_stages: int
     pipelined: bool = True
+    products: bool = True
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -109,23 +111,28 @@ def _adapter_reductions(dtype: str) -> Iterator[Case]:
 def _adapters(family: str, dtype: str) -> Iterator[Case]:
     width = "fp32" if dtype == "fp32" else "16bit"
     for shape_class, direction, block, tile in adapter_tiles.adapter_cases(family, width):
-        for options in _ADAPTERS:
+        forms = list(_ADAPTERS)
+        if (shape_class, block) == ("many", 64):
+            forms.append({"dropout": True, "scale": 2, "ragged": True})
+        if (family, dtype, shape_class, block) == ("sm_90", "bf16", "many", 64):
+            forms += [{"activation": activation} for activation in activations.NAMES]
+        for options in forms:
             source = adapter_sources.adapter(dtype, tile, block, direction, **options)
             what = " ".join(f"{name}={value}" for name, value in options.items())
             name = f"adapter {shape_class} {direction} r{block} {tile} {what}".rstrip()
             kernel = f"_adapter_{direction}_kernel"
-            yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+            # Rows that start anywhere cannot be copied asynchronously.
+            pipelined = "ragged" not in options
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages, pipelined)
+    source = adapter_sources.keep_mask()
+    yield Case("adapter keep mask", "_keep_mask_kernel", source, 4, 3, False, False)
 
 
-def cases(family: str, dtype: str) -> list[Case]:
-    """Return every case of a family and "bf16", "fp16" or "fp32"."""
-    return [
-        *_products(family, dtype),
-        *_low_ranks(dtype),
-        *_reductions(dtype),
-        *_adapter_reductions(dtype),
-        *_adapters(family, dtype),
-    ]
+def cases(family: str, dtype: str, method: str) -> list[Case]:
+    """Return every case of a family, of "bf16", "fp16" or "fp32", and of "lora" or "adapter"."""
+    if method == "adapter":
+        return [*_adapter_reductions(dtype), *_adapters(family, dtype)]
+    return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
 
 
 def compile_case(case: Case, family: str) -> Report:
@@ -146,17 +153,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=tiles.FAMILIES)
     parser.add_argument("dtypes", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--method", choices=("lora", "adapter"), default="lora")
     parser.add_argument("--only", default="", help="part of a case's name")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     for dtype in options.dtypes:
-        for case in cases(options.family, dtype):
+        for case in cases(options.family, dtype, options.method):
             if options.only not in case.name:
                 continue
             report = compile_case(case, options.family)
             line = {"case": f"{options.family} {dtype} {case.name}"}
-            line["problems"] = report.problems(options.family, pipelined=case.pipelined)
+            line["problems"] = report.problems(
+                options.family, pipelined=case.pipelined, products=case.products
+            )
             print(json.dumps(line | dataclasses.asdict(report)), flush=True)
     return 0
 
