@@ -102,13 +102,19 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
     "sm_100": {("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2)},
 }
 
-# The gradients of the parameters need registers for the scale, its gradient and the mask.
-REDUCTION_TILES = tiles.REDUCTION_TILES | {
+# The gradients of the parameters need registers for the scale, its gradient and the mask, so that
+# LoRA's tiles of the reduction would spill.
+_REDUCTION_TILES = {
     16: ReductionTile(32, 64, 16, 4, 3),
     32: ReductionTile(64, 64, 32, 4, 3),
+    64: ReductionTile(64, 64, 64, 8, 2),
+}
+_REDUCTION_TILES_COMPACT = _REDUCTION_TILES | {
+    32: ReductionTile(64, 32, 32, 8, 3),
+    64: ReductionTile(64, 32, 64, 8, 2),
 }
 _REDUCTION_TILE_32BIT = ReductionTile(32, 64, 32, 4, 2)
-REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT | {
+_REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT | {
     32: _REDUCTION_TILE_32BIT,
     64: _REDUCTION_TILE_32BIT,
 }
@@ -153,11 +159,18 @@ def _lookup(name: str, width: str, shape_class: str, direction: str, block: int)
     return own.get(key) or _EXCEPTIONS.get(key) or table[shape_class][block]
 
 
+def reduction_tiles(name: str, width: str) -> dict[int, ReductionTile]:
+    """Return a family's tiles of the reduction by the ranks of a block: 16, 32, and above."""
+    if width == "fp32":
+        return _REDUCTION_TILES_32BIT
+    return _REDUCTION_TILES if name in ("sm_80", "sm_90", "sm_100") else _REDUCTION_TILES_COMPACT
+
+
 def reduction_tile(device: torch.device, dtype: torch.dtype, bottleneck: int) -> ReductionTile:
     """Return the tile of the token-split reduction of the parameters' gradients."""
     if device.type != "cuda":
         return tiles.reduction_tile(device, dtype, bottleneck)
-    table = REDUCTION_TILES_32BIT if dtype == torch.float32 else REDUCTION_TILES
+    table = reduction_tiles(tiles.family(device), "fp32" if dtype == torch.float32 else "16bit")
     return table[16 if bottleneck <= 16 else 32 if bottleneck <= 32 else 64]
 
 

@@ -96,10 +96,8 @@ def _reductions(dtype: str) -> Iterator[Case]:
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
 
 
-def _adapter_reductions(dtype: str) -> Iterator[Case]:
-    table = adapter_tiles.REDUCTION_TILES
-    if dtype == "fp32":
-        table = adapter_tiles.REDUCTION_TILES_32BIT
+def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
+    table = adapter_tiles.reduction_tiles(family, "fp32" if dtype == "fp32" else "16bit")
     for tile in dict.fromkeys(table.values()):
         for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
             source = reduction_sources.adapter(dtype, tile, dropout, splits, scale, grouped)
@@ -131,7 +129,7 @@ def _adapters(family: str, dtype: str) -> Iterator[Case]:
 def cases(family: str, dtype: str, method: str) -> list[Case]:
     """Return every case of a family, of "bf16", "fp16" or "fp32", and of "lora" or "adapter"."""
     if method == "adapter":
-        return [*_adapter_reductions(dtype), *_adapters(family, dtype)]
+        return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
     return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
 
 
