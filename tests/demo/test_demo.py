@@ -20,7 +20,7 @@ from peft_kernels.demo import main as demo
 from peft_kernels.demo import story
 from tests.demo.conftest import QuickRun, command, environment
 
-WRITTEN = ["demo.json", "demo.png", "lora.safetensors"]
+WRITTEN = ["adapter.safetensors", "demo.json", "demo.png", "lora.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def summary(quick: QuickRun) -> dict[str, Any]:
     return json.loads((quick.out / "demo.json").read_text())
 
 
-def test_ends_well_and_leaves_its_three_files_alone(quick: QuickRun) -> None:
+def test_ends_well_and_leaves_its_files_alone(quick: QuickRun) -> None:
     assert quick.finished.returncode == 0, quick.finished.stderr
     assert sorted(os.listdir(quick.out)) == WRITTEN
     assert "Traceback" not in quick.finished.stderr
@@ -47,7 +47,7 @@ def test_table_has_a_line_per_row_and_fits_a_terminal(
 
 
 def test_adapting_learns_the_new_digits_in_both_forms(summary: dict[str, Any]) -> None:
-    assert [row["dropout"] for row in summary["rows"]] == [0.0, 0.1]
+    assert [row["dropout"] for row in summary["rows"]] == [0.0, 0.1] * 2
     for row in summary["rows"]:
         assert 0.0 <= row["accuracy_before"] < row["accuracy_eager"] <= 1.0
         assert row["accuracy_before"] < row["accuracy_fused"] <= 1.0
@@ -55,8 +55,16 @@ def test_adapting_learns_the_new_digits_in_both_forms(summary: dict[str, Any]) -
         assert 0.0 < row["trainable_share"] < 0.1
 
 
-def test_fused_losses_are_the_eager_ones_to_rounding(summary: dict[str, Any]) -> None:
-    without, with_dropout = summary["rows"]
+METHODS = pytest.mark.parametrize("method", [0, 1], ids=["LoRA", "Adapter"])
+
+
+def _rows(summary: dict[str, Any], method: int) -> list[dict[str, Any]]:
+    return summary["rows"][2 * method : 2 * method + 2]
+
+
+@METHODS
+def test_fused_losses_are_the_eager_ones_to_rounding(summary: dict[str, Any], method: int) -> None:
+    without, with_dropout = _rows(summary, method)
     assert len(without["losses_fused"]) == summary["settings"]["steps"]
     pairs = zip(without["losses_eager"], without["losses_fused"], strict=True)
     largest = max(abs(eager - fused) for eager, fused in pairs)
@@ -66,13 +74,18 @@ def test_fused_losses_are_the_eager_ones_to_rounding(summary: dict[str, Any]) ->
     assert with_dropout["largest_loss_difference"] is None
 
 
-def test_fused_saves_fewer_bytes_under_dropout_and_never_more(summary: dict[str, Any]) -> None:
-    without, with_dropout = summary["rows"]
+@METHODS
+def test_fused_saves_fewer_bytes_under_dropout_and_never_more(
+    summary: dict[str, Any], method: int
+) -> None:
+    without, with_dropout = _rows(summary, method)
     assert 0 < without["saved_bytes_fused"] <= without["saved_bytes_eager"]
-    assert with_dropout["saved_bytes_fused"] < 0.75 * with_dropout["saved_bytes_eager"]
-    # The mask is made again from its seed, 8 bytes in each of the 18 layers.
+    # LoRA has dropout on x in 18 layers, the adapter on y in 6: less of the model's bytes.
+    most, layers = ((0.75, 18), (0.85, 6))[method]
+    assert with_dropout["saved_bytes_fused"] < most * with_dropout["saved_bytes_eager"]
+    # The mask is made again from its seed, 8 bytes in each of the layers.
     grown = with_dropout["saved_bytes_fused"] - without["saved_bytes_fused"]
-    assert 0 <= grown <= 18 * 8
+    assert 0 <= grown <= layers * 8
 
 
 def test_summary_names_settings_versions_times_and_the_backend(
@@ -84,17 +97,20 @@ def test_summary_names_settings_versions_times_and_the_backend(
     for row in summary["rows"]:
         assert row["ms_per_step_eager"] > 0
         assert row["ms_per_step_fused"] > 0
-    (served,) = summary["served"]
-    assert served["layers"] == 18
-    assert served["backend"] == ("cpp" if extension.why_not() is None else "reference")
-    assert f"ran on {served['backend']}" in quick.finished.stdout
-    assert ("WARNING" in quick.finished.stderr) == (served["backend"] == "reference")
+    served = summary["served"]
+    assert [(each["method"], each["layers"]) for each in served] == [("LoRA", 18), ("Adapter", 6)]
+    assert served[0]["backend"] == ("cpp" if extension.why_not() is None else "reference")
+    backends = [each["backend"] for each in served]
+    assert all(f"ran on {backend}" in quick.finished.stdout for backend in backends)
+    assert ("WARNING" in quick.finished.stderr) == ("reference" in backends)
 
 
 def test_adapter_file_holds_the_trained_tensors_and_scores_the_same(
     quick: QuickRun, summary: dict[str, Any]
 ) -> None:
-    (adapter,) = summary["adapters"]
+    adapter, bottleneck = summary["adapters"]
+    assert bottleneck["accuracy_reloaded"] == bottleneck["accuracy_trained"]
+    assert bottleneck["accuracy_trained"] == summary["rows"][2]["accuracy_fused"]
     assert adapter["accuracy_reloaded"] == adapter["accuracy_trained"]
     assert adapter["accuracy_trained"] == summary["rows"][0]["accuracy_fused"]
     with safe_open(quick.out / adapter["file"], framework="pt") as file:
