@@ -52,7 +52,7 @@ def _triton_why_not(spec: AdapterSpec) -> str | None:
 def _triton_plan(spec: AdapterSpec) -> str:
     from peft_kernels.core import adapter_tiles
 
-    return adapter_tiles.plan(spec.device, spec.dtype, spec.tokens, spec.bottleneck)
+    return adapter_tiles.plan(*spec[:5])
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def adapter_forward(
 
     With ``index`` [M] the parameters are those of E adapters, the adapter's number first.
     """
-    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "forward")
+    tile = _tile(x, pre, "forward")
     with torch.cuda.device_of(x):
         if tile.variant == "library" and index is not None:
             reference_grouped.forward(
@@ -121,7 +121,7 @@ def adapter_backward(
     index: Tensor | None = None,
 ) -> None:
     """Write the gradients that are not None: dpre and dx in one launch, the rest in one."""
-    tile = adapter_tiles.adapter_tile(x.device, x.dtype, x.shape[0], pre.shape[1], "backward")
+    tile = _tile(x, pre, "backward")
     with torch.cuda.device_of(x):
         if tile.variant == "library" and index is not None:
             reference_grouped.backward(
@@ -170,6 +170,11 @@ def adapter_backward(
             scaling=Scaling(scale, 1.0 / (1.0 - dropout_p), d_scale, up, up_bias),
             groups=None if index is None else Groups(common["order_ptr"], offsets, down.shape[0]),
         )
+
+
+def _tile(x: Tensor, pre: Tensor, direction: str) -> AdapterTile:
+    tokens, features = x.shape
+    return adapter_tiles.adapter_tile(x.device, x.dtype, tokens, features, pre.shape[1], direction)
 
 
 def _common(

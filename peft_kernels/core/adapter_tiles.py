@@ -52,7 +52,8 @@ LIBRARY = AdapterTile("library", 0, 0, 0, 0)
 _INTERPRETED = AdapterTile("fused", 32, 32, 4, 1)
 
 # By the columns of the block that holds the bottleneck. A program streams the weights once, so
-# many rows save traffic from L2; "few" tokens need small row blocks to keep the GPU busy.
+# many rows save traffic from L2; "few" tokens need small row blocks to keep the GPU busy. Where D
+# or r is "ragged", no multiple of 16, every element has an address and a mask of its own.
 _16BIT = {
     "few": {
         16: AdapterTile("fused", 16, 128, 4, 3),
@@ -68,22 +69,36 @@ _16BIT = {
         128: AdapterTile("fused", 64, 128, 8, 2),
         256: AdapterTile("fused", 64, 64, 8, 2),
     },
+    "ragged": {
+        16: AdapterTile("fused", 32, 64, 8, 2),
+        32: AdapterTile("fused", 32, 64, 8, 2),
+        64: AdapterTile("fused", 32, 64, 8, 2),
+        128: AdapterTile("fused", 16, 64, 8, 2),
+        256: AdapterTile("fused", 16, 32, 8, 2),
+    },
 }
 # float32 with tf32 products.
 _32BIT = {
     "few": {
         16: AdapterTile("fused", 16, 64, 4, 3),
         32: AdapterTile("fused", 16, 64, 4, 3),
-        64: AdapterTile("fused", 16, 64, 4, 3),
+        64: AdapterTile("fused", 16, 32, 4, 3),
         128: AdapterTile("fused", 16, 32, 4, 3),
         256: AdapterTile("fused", 16, 32, 4, 2),
     },
     "many": {
         16: AdapterTile("fused", 64, 64, 8, 3),
-        32: AdapterTile("fused", 64, 64, 8, 3),
+        32: AdapterTile("fused", 64, 32, 8, 3),
         64: AdapterTile("fused", 64, 64, 8, 3),
         128: AdapterTile("fused", 64, 32, 8, 2),
         256: AdapterTile("fused", 32, 32, 8, 2),
+    },
+    "ragged": {
+        16: AdapterTile("fused", 32, 32, 8, 2),
+        32: AdapterTile("fused", 32, 32, 8, 2),
+        64: AdapterTile("fused", 32, 32, 8, 2),
+        128: AdapterTile("fused", 16, 32, 8, 2),
+        256: AdapterTile("fused", 16, 32, 8, 2),
     },
 }
 # What the tables above are overruled by: (width, shape class, direction, block) -> tile, of all
@@ -96,7 +111,6 @@ _EXCEPTIONS: dict[tuple[str, str, str, int], AdapterTile] = {
     ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 2),
     ("16bit", "many", "backward", 256): AdapterTile("fused", 32, 64, 8, 2),
     ("16bit", "many", "forward", 256): AdapterTile("fused", 32, 64, 8, 2),
-    ("fp32", "many", "backward", 32): AdapterTile("fused", 64, 32, 8, 3),
 }
 _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
     "sm_100": {("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2)},
@@ -128,7 +142,12 @@ def bottleneck_block(bottleneck: int) -> int:
 
 
 def adapter_tile(
-    device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int, direction: str
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    features: int,
+    bottleneck: int,
+    direction: str,
 ) -> AdapterTile:
     """Return how one launch of an adapter runs.
 
@@ -136,6 +155,7 @@ def adapter_tile(
         device: where.
         dtype: float32, float16 or bfloat16.
         tokens: M.
+        features: D.
         bottleneck: r.
         direction: "forward" or "backward".
     """
@@ -147,6 +167,8 @@ def adapter_tile(
         return LIBRARY
     width = "fp32" if dtype == torch.float32 else "16bit"
     shape_class = "few" if tokens <= FEW_TOKENS else "many"
+    if features % 16 or bottleneck % 16:
+        shape_class = "ragged"
     return _lookup(
         tiles.family(device), width, shape_class, direction, bottleneck_block(bottleneck)
     )
@@ -174,10 +196,13 @@ def reduction_tile(device: torch.device, dtype: torch.dtype, bottleneck: int) ->
     return table[16 if bottleneck <= 16 else 32 if bottleneck <= 32 else 64]
 
 
-def plan(device: torch.device, dtype: torch.dtype, tokens: int, bottleneck: int) -> str:
+def plan(
+    device: torch.device, dtype: torch.dtype, tokens: int, features: int, bottleneck: int
+) -> str:
     """Return how forward and backward of a call run, for ``explain``."""
     forward, backward = (
-        adapter_tile(device, dtype, tokens, bottleneck, direction) for direction in DIRECTIONS
+        adapter_tile(device, dtype, tokens, features, bottleneck, direction)
+        for direction in DIRECTIONS
     )
     if forward.variant == "library":
         return str(forward)

@@ -42,6 +42,10 @@ _ADAPTERS: tuple[dict[str, Any], ...] = (
     {"dropout": True, "scale": 3, "activation": "mish"},
     {"dropout": True, "groups": 8, "activation": "gelu_tanh"},
 )
+_RAGGED_ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"dropout": True, "scale": 2, "ragged": True},
+    {"activation": "mish", "ragged": True},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +113,7 @@ def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
 def _adapters(family: str, dtype: str) -> Iterator[Case]:
     width = "fp32" if dtype == "fp32" else "16bit"
     for shape_class, direction, block, tile in adapter_tiles.adapter_cases(family, width):
-        forms = list(_ADAPTERS)
-        if (shape_class, block) == ("many", 64):
-            forms.append({"dropout": True, "scale": 2, "ragged": True})
+        forms = list(_ADAPTERS if shape_class != "ragged" else _RAGGED_ADAPTERS)
         if (family, dtype, shape_class, block) == ("sm_90", "bf16", "many", 64):
             forms += [{"activation": activation} for activation in activations.NAMES]
         for options in forms:
