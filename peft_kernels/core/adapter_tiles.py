@@ -127,10 +127,14 @@ _REDUCTION_TILES_COMPACT = _REDUCTION_TILES | {
     32: ReductionTile(64, 32, 32, 8, 3),
     64: ReductionTile(64, 32, 64, 8, 2),
 }
-_REDUCTION_TILE_32BIT = ReductionTile(32, 64, 32, 4, 2)
-_REDUCTION_TILES_32BIT = tiles.REDUCTION_TILES_32BIT | {
-    32: _REDUCTION_TILE_32BIT,
-    64: _REDUCTION_TILE_32BIT,
+_REDUCTION_TILES_32BIT = {
+    16: ReductionTile(32, 64, 16, 8, 2),
+    32: ReductionTile(32, 64, 32, 4, 2),
+    64: ReductionTile(32, 64, 32, 4, 2),
+}
+_REDUCTION_TILES_32BIT_COMPACT = _REDUCTION_TILES_32BIT | {
+    32: ReductionTile(32, 32, 32, 4, 2),
+    64: ReductionTile(32, 32, 32, 4, 2),
 }
 
 FEW_TOKENS = 4096
@@ -184,8 +188,10 @@ def _lookup(name: str, width: str, shape_class: str, direction: str, block: int)
 def reduction_tiles(name: str, width: str) -> dict[int, ReductionTile]:
     """Return a family's tiles of the reduction by the ranks of a block: 16, 32, and above."""
     if width == "fp32":
-        return _REDUCTION_TILES_32BIT
-    return _REDUCTION_TILES if name in ("sm_80", "sm_90", "sm_100") else _REDUCTION_TILES_COMPACT
+        compact = name in ("sm_86", "sm_89")
+        return _REDUCTION_TILES_32BIT_COMPACT if compact else _REDUCTION_TILES_32BIT
+    compact = name in ("sm_86", "sm_89", "sm_120")
+    return _REDUCTION_TILES_COMPACT if compact else _REDUCTION_TILES
 
 
 def reduction_tile(device: torch.device, dtype: torch.dtype, bottleneck: int) -> ReductionTile:
