@@ -7,24 +7,35 @@ imports neither Triton nor the compiled extension.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from peft_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from peft_kernels.adapter.grouped import adapter_grouped
+    from peft_kernels.adapter.layer import Adapter
+    from peft_kernels.adapter.op import adapter
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
+    from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
     from peft_kernels.prompt.layer import PromptEmbedding
     from peft_kernels.prompt.op import PromptOutput, prompt_embedding
 
 _HOMES = {
+    "AdaptedModule": "peft_kernels.models.placement",
+    "Adapter": "peft_kernels.adapter.layer",
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
     "LoRALinear": "peft_kernels.lora.layer",
     "PromptEmbedding": "peft_kernels.prompt.layer",
     "PromptOutput": "peft_kernels.prompt.op",
+    "adapter": "peft_kernels.adapter.op",
+    "adapter_grouped": "peft_kernels.adapter.grouped",
+    "add_adapters": "peft_kernels.models.placement",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
     "prompt_embedding": "peft_kernels.prompt.op",
@@ -32,12 +43,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptedModule",
+    "Adapter",
     "BackendUnavailable",
     "Explanation",
     "LoRALinear",
     "PromptEmbedding",
     "PromptOutput",
     "__version__",
+    "adapter",
+    "adapter_grouped",
+    "add_adapters",
     "explain",
     "lora_linear",
     "prompt_embedding",
@@ -53,6 +69,18 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """A module whose public names stay what they are when a submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ``adapter`` is a function and the folder that it lives in.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -272,8 +272,41 @@ def explain_prompt_embedding(
     )
 
 
+def explain_adapter(
+    *,
+    device: str,
+    dtype: str,
+    tokens: int,
+    in_features: int,
+    rank: int,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    **_: int,
+) -> Any:
+    """Return the Explanation of ``adapter`` for these sizes, without allocating them.
+
+    D is ``in_features`` and the bottleneck is ``rank``; other sizes mean nothing to an adapter.
+    """
+    import torch
+
+    from peft_kernels import adapter, explain
+
+    def shaped(*shape: int) -> torch.Tensor:
+        return torch.empty((), device=device, dtype=getattr(torch, dtype)).expand(shape)
+
+    return explain(
+        adapter,
+        shaped(tokens, in_features),
+        shaped(rank, in_features),
+        shaped(in_features, rank),
+        dropout_p=dropout,
+        backend=backend,
+    )
+
+
 # A method that joins the package adds its line here, for `env` and `explain` both.
 EXPLAINED: dict[str, Callable[..., Any]] = {
+    "adapter": explain_adapter,
     "lora_linear": explain_lora_linear,
     "prompt_embedding": explain_prompt_embedding,
 }

@@ -7,6 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
+def load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
+    """Return a scale that is given as a number or as a pointer to one."""
+    # With a return after the branch, the compiler would find two types of result.
+    if SCALE_IS_POINTER:
+        return tl.load(scale)
+    else:
+        return scale
+
+
+@triton.jit
 def keep_mask(seed, rows, group0, groups, drop_threshold, BLOCK_C: tl.constexpr):
     """Return the keep mask of dropout, [len(rows), BLOCK_C]: ``core.rng.dropout_mask``, one tile.
 

@@ -1,12 +1,11 @@
 """Gradients of small factors: sums over all tokens, split, and bitwise the same on every run.
 
-    g0 = v0ᵀ l0   [C0, R]        g1 = v1ᵀ l1   [C1, R]        colsum1 = Σ_m v1   [C1]
+    g0 = v0ᵀ l0   [C0, R]        lowsum = Σ_m l0   [R]
+    g1 = v1ᵀ l1   [C1, R]        colsum = Σ_m v1   [C1]
 
-``v0`` [M, C0] and ``v1`` [M, C1] are activations or gradients, ``l0``, ``l1`` [M, R] the factors
-of low rank beside them; v0 may be under dropout. One launch: a program sums one tile of columns
-over one part of the tokens in fp32; the last part of a tile to arrive adds the parts in index order
-and rounds once. Each activation is read once per block of ranks, nothing of its size is written,
-and no floating-point atomic is used.
+``v0`` [M, C0] and ``v1`` [M, C1] are activations or gradients, one of them perhaps under dropout,
+``l0``, ``l1`` [M, R] the factors of low rank beside them. g1 and colsum may be scaled, and give the
+gradient of that scale: Σ_j w · g1 + bias · colsum. One launch, in ``reduction_kernels``.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.core import triton_runtime
-from peft_kernels.core.device import keep_mask, last_to_arrive
+from peft_kernels.core.reduction_kernels import _token_reduction_kernel
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.tiles import ReductionTile
 
@@ -39,121 +37,44 @@ class Factor:
     out: Tensor | None
 
 
-@triton.jit
-def _sum_tile(
-    v_ptr, low_ptr, out_ptr, colsum_ptr, part_ptr, colsum_part_ptr, counter_ptr, seed_ptr,
-    M, C, R, stride_vm, stride_out_c, stride_out_r,
-    pid_c, pid_r, pid_split, drop_threshold,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, COLSUM: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_c, mask_r = offs_c < C, offs_r < R
-    mask_out = mask_c[:, None] & mask_r[None, :]
+@dataclass(frozen=True)
+class Scaling:
+    """The second product and its column sums, times ``scale · inverse_keep``.
 
-    blocks = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS)
-    start = pid_split * blocks * BLOCK_M
-    stop = min(M, start + blocks * BLOCK_M)
-    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    colsum = tl.zeros((BLOCK_C,), tl.float32)
-    for m in range(start, stop, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < stop
-        rows = offs_m.to(tl.int64)
-        v = tl.load(
-            v_ptr + rows[:, None] * stride_vm + offs_c[None, :],
-            mask=mask_m[:, None] & mask_c[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_C]
-        if COLSUM:
-            colsum += tl.sum(v.to(tl.float32), axis=0)
-        if PRODUCT:
-            if DROPOUT:
-                seed = tl.load(seed_ptr)
-                keep = keep_mask(
-                    seed, offs_m, pid_c * (BLOCK_C // 4), tl.cdiv(C, 4), drop_threshold, BLOCK_C
-                )
-                v = tl.where(keep, v, 0.0)
-            low = tl.load(
-                low_ptr + rows[:, None] * R + offs_r[None, :],
-                mask=mask_m[:, None] & mask_r[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-            acc = tl.dot(tl.trans(v), low, acc, input_precision=PRECISION)
+    Attributes:
+        scale: a number, or a float32 tensor of 1 or C1 elements.
+        inverse_keep: 1 / (1 - p).
+        gradient: where the gradient of the scale goes, float32 of as many elements, or None.
+        weight: [C1, R], contiguous; what the second product is the gradient of, unscaled.
+        bias: [C1] or None; what the column sums are the gradient of.
+    """
 
-    out_ptrs = (
-        out_ptr + offs_c.to(tl.int64)[:, None] * stride_out_c + offs_r[None, :] * stride_out_r
-    )
-    if SPLITS == 1:
-        if PRODUCT:
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
-        if COLSUM:
-            tl.store(colsum_ptr + offs_c, colsum.to(colsum_ptr.dtype.element_ty), mask=mask_c)
-    else:
-        offs_part = offs_c.to(tl.int64)[:, None] * R + offs_r[None, :]
-        size = C.to(tl.int64) * R
-        if PRODUCT:
-            tl.store(part_ptr + pid_split * size + offs_part, acc, mask=mask_out)
-        if COLSUM:
-            tl.store(colsum_part_ptr + pid_split * C + offs_c, colsum, mask=mask_c)
-        if last_to_arrive(counter_ptr, SPLITS):
-            acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-            colsum = tl.zeros((BLOCK_C,), tl.float32)
-            for split in range(SPLITS):
-                if PRODUCT:
-                    acc += tl.load(
-                        part_ptr + split * size + offs_part,
-                        mask=mask_out,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                if COLSUM:
-                    colsum += tl.load(
-                        colsum_part_ptr + split * C + offs_c,
-                        mask=mask_c,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-            if PRODUCT:
-                tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
-            if COLSUM:
-                tl.store(colsum_ptr + offs_c, colsum.to(colsum_ptr.dtype.element_ty), mask=mask_c)
+    scale: float | Tensor
+    inverse_keep: float
+    gradient: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+    def kind(self) -> int:
+        """Return how the kernel gets the scale: 1 a number, 2 a pointer to one, 3 to C1."""
+        if not isinstance(self.scale, Tensor):
+            return 1
+        return 2 if self.scale.numel() == 1 else 3
 
 
-@triton.jit(do_not_specialize=["drop_threshold"])
-def _token_reduction_kernel(
-    v0_ptr, low0_ptr, out0_ptr, v1_ptr, low1_ptr, out1_ptr, colsum_ptr,
-    part0_ptr, part1_ptr, colsum_part_ptr, counters_ptr, seed_ptr,
-    M, C0, C1, R, stride_v0m, stride_v1m,
-    stride_out0_c, stride_out0_r, stride_out1_c, stride_out1_r, tiles0, drop_threshold,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, PRODUCT1: tl.constexpr, COLSUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of C0 then of C1, rank blocks, splits of the tokens)."""
-    pid_c, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    counter_ptr = counters_ptr + pid_c * tl.num_programs(1) + pid_r
-    if pid_c < tiles0:
-        _sum_tile(
-            v0_ptr, low0_ptr, out0_ptr, colsum_ptr, part0_ptr, colsum_part_ptr, counter_ptr,
-            seed_ptr, M, C0, R, stride_v0m, stride_out0_c, stride_out0_r,
-            pid_c, pid_r, pid_split, drop_threshold,
-            SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT, False, True, PRECISION,
-        )  # fmt: skip
-    elif pid_r == 0:
-        _sum_tile(
-            v1_ptr, low1_ptr, out1_ptr, colsum_ptr, part1_ptr, colsum_part_ptr, counter_ptr,
-            seed_ptr, M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
-            pid_c - tiles0, pid_r, pid_split, drop_threshold,
-            SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, False, COLSUM, PRODUCT1, PRECISION,
-        )  # fmt: skip
-    else:
-        _sum_tile(
-            v1_ptr, low1_ptr, out1_ptr, colsum_ptr, part1_ptr, colsum_part_ptr, counter_ptr,
-            seed_ptr, M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
-            pid_c - tiles0, pid_r, pid_split, drop_threshold,
-            SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, False, False, PRODUCT1, PRECISION,
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Groups:
+    """Rows in groups, each with sums of its own; outputs then have the group first.
+
+    Attributes:
+        order: int64 [M], row numbers, one group after the other.
+        offsets: int64 [count + 1], where in ``order`` each group starts, and the last one ends.
+        count: number of groups.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    count: int
 
 
 def token_reduction(
@@ -165,52 +86,89 @@ def token_reduction(
     seed: Tensor | None,
     dropout_p: float,
     precision: str,
+    dropped: int = 0,
+    lowsum: Tensor | None = None,
+    scaling: Scaling | None = None,
+    groups: Groups | None = None,
 ) -> None:
-    """Write ``first.out``, ``second.out`` and ``colsum`` (of second.v) in one launch.
+    """Write both products and both sums, each where it is not None, in one launch.
 
     Args:
-        first: its v is under the dropout of ``seed``.
-        second: no dropout.
-        colsum: [C1], or None where it is not needed.
+        first: one product.
+        second: the other.
+        colsum: [C1], the column sums of second.v, or None where they are not needed.
         tile: block sizes.
         seed: int64 [1], or None for no dropout.
         dropout_p: drop probability of ``seed``.
         precision: Triton's input precision of float32 products, "ieee" or "tf32".
+        dropped: 0 where first.v is under the dropout of ``seed``, 1 where second.v is.
+        lowsum: [R], the column sums of first.low, or None.
+        scaling: of second.out and colsum, or None.
+        groups: sums over groups of rows instead of all; outputs are contiguous and start with
+            the groups: second.out is [count, C1, R].
     """
+    if scaling is not None and scaling.gradient is not None:
+        # The gradient of the scale is made from both, needed or not.
+        second, colsum = _complete(second, colsum)
     need0, need1 = first.out is not None, second.out is not None
-    if not (need0 or need1 or colsum is not None):
+    if not (need0 or need1 or colsum is not None or lowsum is not None):
         return
     device = first.v.device
     tokens, rank = first.low.shape
-    tiles0 = triton.cdiv(first.v.shape[1], tile.block_c) if need0 else 0
-    tiles1 = triton.cdiv(second.v.shape[1], tile.block_c) if need1 or colsum is not None else 0
-    # Where the second product is not wanted its rank blocks beyond the first have nothing to do.
-    rank_blocks = triton.cdiv(rank, tile.block_r) if need0 or need1 else 1
-    splits = _splits(tokens, (tiles0 + tiles1) * rank_blocks, tile.block_m, device)
+    columns0, columns1 = first.v.shape[1], second.v.shape[1]
+    # The sums of the low side need one tile of columns.
+    tiles0 = triton.cdiv(columns0, tile.block_c) if need0 else int(lowsum is not None)
+    tiles1 = triton.cdiv(columns1, tile.block_c) if need1 or colsum is not None else 0
+    # Where no product is wanted the rank blocks beyond the first have nothing to do.
+    blocked = need0 or need1 or lowsum is not None
+    rank_blocks = triton.cdiv(rank, tile.block_r) if blocked else 1
+    programs = (tiles0 + tiles1) * rank_blocks
+    splits = 1 if groups else _splits(tokens, programs, tile.block_m, device)
 
-    v0, v1 = first.v, second.v
+    def parts(size: int, wanted: bool = True) -> Tensor:
+        return torch.empty(size if wanted else 0, dtype=torch.float32, device=device)
+
+    v0, v1, unused = first.v, second.v, first.low
     out0 = first.out if first.out is not None else v0
     out1 = second.out if second.out is not None else v1
-    part0 = part1 = colsum_part = first.low
+    part0 = part1 = colsum_part = lowsum_part = scale_part = unused
     if splits > 1:
-
-        def parts(size: int) -> Tensor:
-            return torch.empty(splits * size, dtype=torch.float32, device=device)
-
-        part0 = parts(v0.shape[1] * rank if need0 else 0)
-        part1 = parts(v1.shape[1] * rank if need1 else 0)
-        colsum_part = parts(v1.shape[1] if colsum is not None else 0)
-    threshold = drop_threshold(dropout_p) - 2**31
-    counters = triton_runtime.counters(device, (tiles0 + tiles1) * rank_blocks)
-    _token_reduction_kernel[(tiles0 + tiles1, rank_blocks, splits)](
-        v0, first.low, out0, v1, second.low, out1, colsum if colsum is not None else v1,
-        part0, part1, colsum_part, counters, seed if seed is not None else counters,
-        tokens, v0.shape[1], v1.shape[1], rank, v0.stride(0), v1.stride(0),
-        out0.stride(0), out0.stride(1), out1.stride(0), out1.stride(1), tiles0, threshold,
+        part0 = parts(splits * columns0 * rank, need0)
+        part1 = parts(splits * columns1 * rank, need1)
+        colsum_part = parts(splits * columns1, colsum is not None)
+        lowsum_part = parts(splits * rank, lowsum is not None)
+    gradient = None if scaling is None else scaling.gradient
+    if gradient is not None:
+        scale_part = parts(rank_blocks * columns1)
+    counters = triton_runtime.counters(device, programs + 1)
+    _token_reduction_kernel[(tiles0 + tiles1, rank_blocks, groups.count if groups else splits)](
+        v0, first.low, out0, _some(lowsum, unused), v1, second.low, out1, _some(colsum, unused),
+        part0, lowsum_part, part1, colsum_part, counters, _some(seed, counters),
+        groups.order if groups else counters, groups.offsets if groups else counters,
+        scaling.weight if scaling else unused, _some(scaling.bias if scaling else None, unused),
+        scaling.scale if scaling else 1.0, scaling.inverse_keep if scaling else 1.0,
+        scale_part, _some(gradient, unused),
+        tokens, columns0, columns1, rank, v0.stride(0), v1.stride(0),
+        out0.stride(-2), out0.stride(-1), out1.stride(-2), out1.stride(-1), tiles0, tiles1,
+        drop_threshold(dropout_p) - 2**31,
         SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_R=tile.block_r,
-        DROPOUT=seed is not None, PRODUCT1=need1, COLSUM=colsum is not None, PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DROPOUT=-1 if seed is None else dropped, PRODUCT0=need0, LOWSUM=lowsum is not None,
+        PRODUCT1=need1, COLSUM=colsum is not None, SCALE=scaling.kind() if scaling else 0,
+        SCALE_GRAD=0 if gradient is None else 1 if gradient.numel() == 1 else 2,
+        HAS_BIAS=scaling is not None and scaling.bias is not None, GROUPED=groups is not None,
+        PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def _complete(second: Factor, colsum: Tensor | None) -> tuple[Factor, Tensor]:
+    columns, rank = second.v.shape[1], second.low.shape[1]
+    out = second.out if second.out is not None else second.low.new_empty(columns, rank)
+    return Factor(second.v, second.low, out), _some(colsum, second.v.new_empty(columns))
+
+
+def _some(value: Tensor | None, otherwise: Tensor) -> Tensor:
+    # What is never read must still be some pointer.
+    return otherwise if value is None else value
 
 
 def _splits(tokens: int, tiles: int, block_m: int, device: torch.device) -> int:

@@ -20,7 +20,7 @@ from peft_kernels.demo.model import TOKENS, DigitTransformer
 
 @dataclass(frozen=True)
 class Options:
-    """Size of an adapter: rank r, the numerator alpha of its scaling, dropout in [0, 1).
+    """Size of what is added: rank or bottleneck, numerator alpha of its scaling, dropout.
 
     The rank is what the method has one of: prompt tuning's number of virtual tokens.
     """
@@ -100,16 +100,69 @@ def _linear(module: nn.Module) -> nn.Linear:
     return module
 
 
-def _explain_lora(model: DigitTransformer, batch_size: int) -> list[peft_kernels.Explanation]:
+class EagerAdapter(nn.Module):
+    """A bottleneck adapter behind a layer, as one writes it in PyTorch.
+
+    Its parameters are an ``AdaptedModule``'s, by name.
+    """
+
+    def __init__(self, base: nn.Linear, options: Options) -> None:
+        super().__init__()
+        self.module = base
+        # Only its parameters are used: the form is below.
+        self.adapter = _adapter(base, options)
+        self.dropout = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., D] for x [..., K]."""
+        below = self.module(x)
+        its, wide = self.adapter, below.to(self.adapter.down_weight.dtype)
+        hidden = nn.functional.gelu(nn.functional.linear(wide, its.down_weight, its.down_bias))
+        branch = self.dropout(nn.functional.linear(hidden, its.up_weight, its.up_bias))
+        return (wide + branch * its.scale).to(below.dtype)
+
+
+ADAPTER_TARGETS = ("o", "down")
+
+
+def _adapter(base: nn.Linear, options: Options) -> peft_kernels.Adapter:
+    return peft_kernels.Adapter(
+        base.out_features,
+        bottleneck=options.rank,
+        activation="gelu",
+        scale=options.alpha / options.rank,
+        dropout=options.dropout,
+        device=base.weight.device,
+        dtype=torch.float32,
+    )
+
+
+def _apply_eager_adapter(model: DigitTransformer, options: Options) -> None:
+    peft_kernels.replace(model, ADAPTER_TARGETS, lambda old: EagerAdapter(_linear(old), options))
+
+
+def _apply_fused_adapter(model: DigitTransformer, options: Options) -> None:
+    def build(old: nn.Module) -> nn.Module:
+        return peft_kernels.AdaptedModule(old, _adapter(_linear(old), options))
+
+    peft_kernels.replace(model, ADAPTER_TARGETS, build)
+
+
+def _explain_fused(model: DigitTransformer, batch_size: int) -> list[peft_kernels.Explanation]:
     explanations = []
     for layer in model.modules():
         if isinstance(layer, peft_kernels.LoRALinear):
             x = layer.weight.new_empty(batch_size, TOKENS, layer.in_features)
             explanations.append(peft_kernels.explain(layer, x))
+        elif isinstance(layer, peft_kernels.AdaptedModule):
+            weight = _linear(layer.module).weight
+            x = weight.new_empty(batch_size, TOKENS, weight.shape[0])
+            explanations.append(peft_kernels.explain(layer.adapter, x))
     return explanations
 
 
-LORA = Method("LoRA", _apply_eager_lora, _apply_fused_lora, _explain_lora)
+LORA = Method("LoRA", _apply_eager_lora, _apply_fused_lora, _explain_fused)
+ADAPTER = Method("Adapter", _apply_eager_adapter, _apply_fused_adapter, _explain_fused)
 
 
 class EagerPrompt(nn.Module):
@@ -159,8 +212,8 @@ PROMPT = Method(
     "Prompt", _apply_eager_prompt, _apply_fused_prompt, _explain_prompt, has_dropout=False
 )
 
-# Adapters and prefix tuning join here.
-METHODS = (LORA, PROMPT)
+# Prefix tuning joins here.
+METHODS = (LORA, ADAPTER, PROMPT)
 
 
 def apply(

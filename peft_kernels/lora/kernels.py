@@ -22,14 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import grouped_tile, keep_mask
-
-
-@triton.jit
-def _load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
-    if SCALE_IS_POINTER:
-        return tl.load(scale)
-    return scale
+from peft_kernels.core.device import grouped_tile, keep_mask, load_scale
 
 
 @triton.jit
@@ -175,7 +168,7 @@ def _lora_ticket_kernel(
     while ticket < total:
         if ticket < producers:
             pid_m, pid_r = ticket // num_r, ticket % num_r
-            factor = _load_scale(scale, SCALE_IS_POINTER) * inverse_keep
+            factor = load_scale(scale, SCALE_IS_POINTER) * inverse_keep
             _low_rank_block(
                 x_ptr, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_xm, stride_ar, stride_ak,
                 pid_m, pid_r, drop_threshold, BLOCK_M, BLOCK_K, BLOCK_R, DROPOUT, PRECISION,
@@ -273,7 +266,7 @@ def _lora_recompute_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
         a_ptrs += BLOCK_K * stride_ak
-    factor = _load_scale(scale, SCALE_IS_POINTER) * inverse_keep
+    factor = load_scale(scale, SCALE_IS_POINTER) * inverse_keep
     s = (acc_s * factor).to(s_ptr.dtype.element_ty)
     if pid_n == 0:
         tl.store(
@@ -298,7 +291,7 @@ def _low_rank_kernel(
     DROPOUT: tl.constexpr, SCALE_IS_POINTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, rank blocks): s alone."""
-    factor = _load_scale(scale, SCALE_IS_POINTER) * inverse_keep
+    factor = load_scale(scale, SCALE_IS_POINTER) * inverse_keep
     _low_rank_block(
         x_ptr, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_xm, stride_ar, stride_ak,
         tl.program_id(0), tl.program_id(1), drop_threshold,

@@ -31,12 +31,12 @@ class Report:
     wide_loads: int = 0
     wide_stores: int = 0
 
-    def problems(self, family: str, *, pipelined: bool) -> list[str]:
+    def problems(self, family: str, *, pipelined: bool, products: bool = True) -> list[str]:
         """Return what would make this kernel wrong or slow on ``family``."""
         found = []
         if self.spills:
             found.append(f"{self.spills} spill instructions")
-        if not self.matrix_instructions:
+        if products and not self.matrix_instructions:
             found.append("no tensor-core instruction")
         if self.shared_kib > SHARED_LIMIT_KIB[family]:
             found.append(f"{self.shared_kib:.0f} KiB of shared memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import LoRATile, ReductionTile, rank_block
+from peft_kernels.core.tiles import LoRATile, rank_block
 
 _LOW_RANK = {
     "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
@@ -20,17 +20,8 @@ _MASKED_UPDATE = {
     "y_ptr": "*{t}", "s_ptr": "*{t}", "b_ptr": "*{t}", "seed_ptr": "*i64", "M": "i32", "N": "i32",
     "R": "i32", "stride_bn": "i32", "stride_br": "i32", "drop_threshold": "i32",
 }  # fmt: skip
-_REDUCTION = {
-    "v0_ptr": "*{t}", "low0_ptr": "*{t}", "out0_ptr": "*{t}", "v1_ptr": "*{t}",
-    "low1_ptr": "*{t}", "out1_ptr": "*{t}", "colsum_ptr": "*{t}", "part0_ptr": "*fp32",
-    "part1_ptr": "*fp32", "colsum_part_ptr": "*fp32", "counters_ptr": "*i32", "seed_ptr": "*i64",
-    "M": "i32", "C0": "i32", "C1": "i32", "R": "i32", "stride_v0m": "i32", "stride_v1m": "i32",
-    "stride_out0_c": "i32", "stride_out0_r": "i32", "stride_out1_c": "i32",
-    "stride_out1_r": "i32", "tiles0": "i32", "drop_threshold": "i32",
-}  # fmt: skip
 # Ranks and threshold are arbitrary numbers; everything else is aligned in the case that matters.
-_RAGGED = {"R", "drop_threshold", "M", "tiles0", "stride_ar", "stride_ak", "stride_bn", "stride_br"}
-_RAGGED |= {"stride_out0_c", "stride_out0_r", "stride_out1_c", "stride_out1_r"}
+_RAGGED = {"R", "drop_threshold", "M", "stride_ar", "stride_ak", "stride_bn", "stride_br"}
 
 
 def _typed(types: dict[str, str], dtype: str) -> dict[str, str]:
@@ -58,14 +49,17 @@ def product(
 
 
 def low_rank(
-    dtype: str, tile: LoRATile, rank: int, dropout: int
+    dtype: str, tile: LoRATile, rank: int, dropout: int, scale_is_pointer: bool = False
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the launch that computes s alone."""
     types = _typed(_LOW_RANK, dtype)
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": rank_block(rank),
-        "DROPOUT": dropout, "SCALE_IS_POINTER": False, "PRECISION": "tf32", "stride_ak": 1,
+        "DROPOUT": dropout, "SCALE_IS_POINTER": scale_is_pointer, "PRECISION": "tf32",
+        "stride_ak": 1,
     }  # fmt: skip
+    if scale_is_pointer:
+        types["scale"] = "*fp32"
     return types, constants, frozenset(set(types) - _RAGGED - {"scale", "inverse_keep"})
 
 
@@ -77,18 +71,5 @@ def masked_update(
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": rank_block(rank),
         "PRECISION": "tf32", "stride_bn": 1,
-    }  # fmt: skip
-    return types, constants, frozenset(set(types) - _RAGGED)
-
-
-def reduction(
-    dtype: str, tile: ReductionTile, dropout: bool, splits: int
-) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
-    """Return (types, constants, divisible) of the token-split gradient reduction."""
-    types = _typed(_REDUCTION, dtype)
-    constants = {
-        "SPLITS": splits, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c,
-        "BLOCK_R": tile.block_r, "DROPOUT": dropout, "PRODUCT1": True, "COLSUM": True,
-        "PRECISION": "tf32", "stride_out0_c": 1, "stride_out1_r": 1,
     }  # fmt: skip
     return types, constants, frozenset(set(types) - _RAGGED)

@@ -1,4 +1,4 @@
-"""Cross-compile every LoRA kernel and tile of one GPU family.
+"""Cross-compile every kernel and tile of one method for one GPU family.
 
 ``python -m tests.compile.sweep sm_90 bf16 --only reduction``
 
@@ -16,8 +16,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from peft_kernels.core import tiles
-from tests.compile import lora_sources
+from peft_kernels.adapter import activations
+from peft_kernels.core import adapter_tiles, tiles
+from tests.compile import adapter_sources, lora_sources, reduction_sources
 from tests.compile.cross import Report, compile_for
 
 # Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
@@ -28,6 +29,23 @@ _LAUNCHES = {
     "backward": (("backward", 0),),
     "masked": (("backward", 2),),
 }
+# Dropout, splits, scale (1 a number, 2 learned, 3 by channel) and groups of adapter gradients.
+_ADAPTER_REDUCTIONS = (
+    (False, 8, 1, False),
+    (True, 8, 3, False),
+    (True, 1, 2, False),
+    (True, 1, 1, True),
+)
+# What adds to the registers of an adapter's launch.
+_ADAPTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"dropout": True, "scale": 3, "activation": "mish"},
+    {"dropout": True, "groups": 8, "activation": "gelu_tanh"},
+)
+_RAGGED_ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"dropout": True, "scale": 2, "ragged": True},
+    {"activation": "mish", "ragged": True},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Case:
     num_warps: int
     num_stages: int
     pipelined: bool = True
+    products: bool = True
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -61,6 +80,10 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
             source = lora_sources.low_rank(dtype, tile, rank, dropout)
             name = f"low_rank dropout{dropout} r{rank}"
             yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
+        # Under torch.compile the scale is a tensor.
+        source = lora_sources.low_rank(dtype, tile, rank, 0, scale_is_pointer=True)
+        name = f"low_rank scale in a tensor r{rank}"
+        yield Case(name, "_low_rank_kernel", source, tile.num_warps, tile.num_stages)
         source = lora_sources.masked_update(dtype, tile, rank)
         name = f"masked_update r{rank}"
         # No loop to pipeline at this rank: y is read and written once.
@@ -72,22 +95,54 @@ def _reductions(dtype: str) -> Iterator[Case]:
     for tile in dict.fromkeys(table.values()):
         for dropout in (False, True):
             for splits in (1, 8):
-                source = lora_sources.reduction(dtype, tile, dropout, splits)
+                source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
 
 
-def cases(family: str, dtype: str) -> list[Case]:
-    """Return every case of a family and "bf16", "fp16" or "fp32"."""
+def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
+    table = adapter_tiles.reduction_tiles(family, "fp32" if dtype == "fp32" else "16bit")
+    for tile in dict.fromkeys(table.values()):
+        for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
+            source = reduction_sources.adapter(dtype, tile, dropout, splits, scale, grouped)
+            name = f"adapter reduction dropout{int(dropout)} r{tile.block_r} splits{splits} "
+            name += f"scale{scale}" + " grouped" * grouped
+            yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+
+
+def _adapters(family: str, dtype: str) -> Iterator[Case]:
+    width = "fp32" if dtype == "fp32" else "16bit"
+    for shape_class, direction, block, tile in adapter_tiles.adapter_cases(family, width):
+        forms = list(_ADAPTERS if shape_class != "ragged" else _RAGGED_ADAPTERS)
+        if (family, dtype, shape_class, block) == ("sm_90", "bf16", "many", 64):
+            forms += [{"activation": activation} for activation in activations.NAMES]
+        for options in forms:
+            source = adapter_sources.adapter(dtype, tile, block, direction, **options)
+            what = " ".join(f"{name}={value}" for name, value in options.items())
+            name = f"adapter {shape_class} {direction} r{block} {tile} {what}".rstrip()
+            kernel = f"_adapter_{direction}_kernel"
+            # Rows that start anywhere cannot be copied asynchronously.
+            pipelined = "ragged" not in options
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages, pipelined)
+    source = adapter_sources.keep_mask()
+    yield Case("adapter keep mask", "_keep_mask_kernel", source, 4, 3, False, False)
+
+
+def cases(family: str, dtype: str, method: str) -> list[Case]:
+    """Return every case of a family, of "bf16", "fp16" or "fp32", and of "lora" or "adapter"."""
+    if method == "adapter":
+        return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
     return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
 
 
 def compile_case(case: Case, family: str) -> Report:
     """Cross-compile one case."""
-    from peft_kernels.core import token_reduction
-    from peft_kernels.lora import kernels
+    from peft_kernels.adapter import kernels as adapter_kernels
+    from peft_kernels.core import reduction_kernels
+    from peft_kernels.lora import kernels as lora_kernels
 
-    kernel = getattr(kernels, case.kernel, None) or getattr(token_reduction, case.kernel)
+    homes = (lora_kernels, adapter_kernels, reduction_kernels)
+    kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     return compile_for(kernel, family, types, constants, divisible, case.num_warps, case.num_stages)
@@ -98,17 +153,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=tiles.FAMILIES)
     parser.add_argument("dtypes", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--method", choices=("lora", "adapter"), default="lora")
     parser.add_argument("--only", default="", help="part of a case's name")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     for dtype in options.dtypes:
-        for case in cases(options.family, dtype):
+        for case in cases(options.family, dtype, options.method):
             if options.only not in case.name:
                 continue
             report = compile_case(case, options.family)
             line = {"case": f"{options.family} {dtype} {case.name}"}
-            line["problems"] = report.problems(options.family, pipelined=case.pipelined)
+            line["problems"] = report.problems(
+                options.family, pipelined=case.pipelined, products=case.products
+            )
             print(json.dumps(line | dataclasses.asdict(report)), flush=True)
     return 0
 

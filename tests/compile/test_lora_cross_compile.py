@@ -5,29 +5,13 @@ The compiler runs in a process of its own: see ``sweep``.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from peft_kernels.core import tiles
 from tests.compile.cross import Report
+from tests.compile.runner import sweep
 
 pytest.importorskip("triton")
-
-
-def _sweep(*arguments: str) -> list[dict[str, object]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile.sweep", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 # float16 compiles to the code of bfloat16 but for the type of the products: one family stands for
@@ -41,9 +25,9 @@ def _sweep(*arguments: str) -> list[dict[str, object]]:
 def test_compiles_without_spills_onto_tensor_cores(family: str, dtype: str) -> None:
     from tests.compile.sweep import cases
 
-    lines = _sweep(family, dtype)
+    lines = sweep(family, dtype, "lora")
     assert [line["case"] for line in lines] == [
-        f"{family} {dtype} {case.name}" for case in cases(family, dtype)
+        f"{family} {dtype} {case.name}" for case in cases(family, dtype, "lora")
     ]
     unclean = {line["case"]: line["problems"] for line in lines if line["problems"]}
     assert not unclean
@@ -52,7 +36,7 @@ def test_compiles_without_spills_onto_tensor_cores(family: str, dtype: str) -> N
 def test_every_kernel_of_the_launchers_is_compiled() -> None:
     from tests.compile.sweep import cases
 
-    names = {case.kernel for family in tiles.FAMILIES for case in cases(family, "bf16")}
+    names = {case.kernel for family in tiles.FAMILIES for case in cases(family, "bf16", "lora")}
     assert names == {
         "_lora_ticket_kernel",
         "_lora_recompute_kernel",

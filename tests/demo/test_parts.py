@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peft_kernels.demo import adapter_file, data, measure, methods, options, report, story, train
-from peft_kernels.demo.methods import LORA, PROMPT, Method, Options
+from peft_kernels.demo.methods import ADAPTER, LORA, PROMPT, Method, Options
 from peft_kernels.demo.model import DigitTransformer, freeze
 
 CPU = torch.device("cpu")
@@ -78,7 +78,12 @@ def test_eager_lora_is_what_peft_computes() -> None:
     assert torch.equal(eager(x), theirs(x))
 
 
-@pytest.mark.parametrize(("method", "count"), [(LORA, 6 * 2 + 2), (PROMPT, 1 + 2)])
+# LoRA: two tensors in six layers; the adapter: four in two; the prompt: one; the head's two.
+COUNTS = [(LORA, 6 * 2 + 2), (ADAPTER, 2 * 4 + 2), (PROMPT, 1 + 2)]
+METHODS = pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
+
+
+@pytest.mark.parametrize(("method", "count"), COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pair_starts_in_one_state_and_trains_adapter_and_head_only(
     dtype: torch.dtype, method: Method, count: int
@@ -96,6 +101,8 @@ def test_pair_starts_in_one_state_and_trains_adapter_and_head_only(
     train.adapt(eager, fused, new, 3, 0, lambda steps: None)
     for model in (eager, fused):
         after, moved = model.state_dict(), set()
+        # Behind an adapter the layer is one level deeper.
+        after = {name.replace(".module.", "."): value for name, value in after.items()}
         for name, value in before.items():
             if not torch.equal(value, after[name]):
                 moved.add(name)
@@ -103,13 +110,14 @@ def test_pair_starts_in_one_state_and_trains_adapter_and_head_only(
     assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
 
 
+@METHODS
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_same_seed_trains_the_same(dropout: float) -> None:
+def test_same_seed_trains_the_same(dropout: float, method: Method) -> None:
     _, new = data.load(0, CPU)
 
     def losses() -> list[float]:
         torch.manual_seed(3)
-        pair = methods.build_pair(small_frozen_model(), LORA, Options(4, 8.0, dropout))
+        pair = methods.build_pair(small_frozen_model(), method, Options(4, 8.0, dropout))
         by_eager, by_fused = train.adapt(*pair, new, 4, 0, lambda steps: None)
         return by_eager.losses + by_fused.losses
 
@@ -144,19 +152,22 @@ def test_time_is_that_of_the_step() -> None:
     assert time_ms >= 20.0
 
 
-def adapted(frozen: DigitTransformer) -> DigitTransformer:
-    _, fused = methods.build_pair(frozen, LORA, Options(4, 8.0, 0.0))
+def adapted(frozen: DigitTransformer, method: Method = LORA) -> DigitTransformer:
+    _, fused = methods.build_pair(frozen, method, Options(4, 8.0, 0.0))
     for tensor in methods.trained_tensors(fused).values():
         nn.init.normal_(tensor)
     return fused
 
 
+@METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reloaded_adapter_gives_the_same_logits(tmp_path: Path, dtype: torch.dtype) -> None:
-    frozen, path = small_frozen_model(dtype), tmp_path / "lora.safetensors"
-    model = adapted(frozen)
-    adapter_file.save(path, model, LORA, Options(4, 8.0, 0.0))
-    reloaded = adapter_file.load(path, frozen, LORA)
+def test_reloaded_adapter_gives_the_same_logits(
+    tmp_path: Path, dtype: torch.dtype, method: Method
+) -> None:
+    frozen, path = small_frozen_model(dtype), tmp_path / "adapter.safetensors"
+    model = adapted(frozen, method)
+    adapter_file.save(path, model, method, Options(4, 8.0, 0.0))
+    reloaded = adapter_file.load(path, frozen, method)
     images = torch.randn(5, 8, 8)
     assert torch.equal(reloaded.eval()(images), model.eval()(images))
     assert not torch.equal(reloaded(images), frozen(images))

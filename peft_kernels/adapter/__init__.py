@@ -1,0 +1,1 @@
+"""The bottleneck adapter: down, activation, up and residual in one launch."""

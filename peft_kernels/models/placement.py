@@ -1,0 +1,141 @@
+"""Put bottleneck adapters behind, or beside, the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.adapter.layer import Adapter
+from peft_kernels.models.replace import replace
+
+# What the papers' adapters are made of; every option can be given otherwise.
+STYLES: dict[str, dict[str, Any]] = {
+    "pfeiffer": {"activation": "relu", "reduction_factor": 16},
+    "houlsby": {"activation": "silu", "reduction_factor": 16},
+    "parallel": {
+        "activation": "relu",
+        "reduction_factor": 2,
+        "scale": 4.0,
+        "init": "mam_adapter",
+        "parallel": True,
+    },
+}
+
+
+class AdaptedModule(nn.Module):
+    """A module with an adapter on its output: ``adapter(module(x))``.
+
+    Where the adapter is parallel: ``adapter(x, residual=module(x))``. Of a module that returns a
+    tuple, as attention does, the first item is adapted. Parameters of the module are left as they
+    are: freeze them first.
+
+    Args:
+        module: what is adapted.
+        adapter: what adapts it.
+
+    Example:
+        >>> import torch
+        >>> from peft_kernels import Adapter, AdaptedModule
+        >>> layer = AdaptedModule(torch.nn.Linear(8, 16), Adapter(16, init="mam_adapter"))
+        >>> x = torch.randn(2, 8)
+        >>> torch.equal(layer(x), layer.module(x))
+        True
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        """Hold both."""
+        super().__init__()
+        self.module = module
+        self.adapter = adapter
+        self.train(module.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns for these arguments, adapted."""
+        output = self.module(x, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (self._adapt(x, output[0]), *output[1:])
+        return self._adapt(x, output)
+
+    def _adapt(self, x: Tensor, output: Tensor) -> Tensor:
+        return self.adapter(x, residual=output) if self.adapter.parallel else self.adapter(output)
+
+
+def add_adapters(
+    model: nn.Module,
+    targets: str | Iterable[str],
+    style: str = "pfeiffer",
+    *,
+    d_model: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Wrap every module that a target names as ``AdaptedModule``, in place, by ``replace``.
+
+    Args:
+        model: the model to change.
+        targets: names or suffixes, as ``replace`` takes them. Pfeiffer et al. adapt the output of
+            each feed-forward layer, Houlsby et al. that and the output of each attention, He et
+            al. put a parallel adapter beside the feed-forward layer.
+        style: "pfeiffer" (relu, D / 16), "houlsby" (silu, D / 16) or "parallel" (relu, D / 2,
+            scale 4, up-projection from zero, fed with the module's input).
+        d_model: width of the adapted output; None takes ``out_features``, ``embedding_dim`` or
+            ``normalized_shape`` of the module.
+        **options: of ``Adapter``, in place of the style's.
+
+    Returns:
+        The full names of what was wrapped, in the order of the model.
+
+    Raises:
+        TypeError: a target is not a string.
+        ValueError: an unknown style, a target that matched nothing, a module whose width is not
+            known, a module whose parent reads its weight instead of calling it.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft_kernels import add_adapters
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        >>> add_adapters(model.requires_grad_(False), "2", "houlsby", reduction_factor=4)
+        ['2']
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        552
+    """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+
+    def build(module: nn.Module) -> nn.Module:
+        own = next(module.parameters(), None)
+        place: dict[str, Any] = {} if own is None else {"device": own.device}
+        if own is not None and own.is_floating_point():
+            place["dtype"] = own.dtype
+        width = _width(module) if d_model is None else d_model
+        return AdaptedModule(module, Adapter(width, **(place | STYLES[style] | options)))
+
+    _check_called(model, targets)
+    return replace(model, targets, build)
+
+
+def _width(module: nn.Module) -> int:
+    for name in ("out_features", "embedding_dim", "normalized_shape"):
+        width = getattr(module, name, None)
+        if width is not None:
+            return int(width[-1] if isinstance(width, (tuple, list, torch.Size)) else width)
+    # Attention modules call their width differently.
+    width = getattr(module, "embed_dim", None)
+    if isinstance(width, int):
+        return width
+    raise ValueError(f"the width of a {type(module).__name__}'s output is not known: give d_model")
+
+
+def _check_called(model: nn.Module, targets: str | Iterable[str]) -> None:
+    """Refuse projections inside nn.MultiheadAttention, which reads their weights unadapted."""
+    names = [targets] if isinstance(targets, str) else list(targets)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inner = f"{path}.out_proj" if path else "out_proj"
+            if any(inner == name or inner.endswith(f".{name}") for name in names):
+                raise ValueError(
+                    f"targets name {inner!r}, whose weight nn.MultiheadAttention reads without "
+                    f"calling it; name the attention itself, {path!r}"
+                )
