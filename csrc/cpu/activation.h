@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace pk {
 
@@ -15,8 +16,8 @@ struct Activated {
   float value, derivative;
 };
 
-// act(x) and act'(x).
-inline Activated activate(Activation activation, float x) {
+// act(x) and act'(x). Loops call it with a constant activation, see with_activation.
+inline __attribute__((always_inline)) Activated activate(Activation activation, float x) {
   const auto sigmoid = [](float z) { return 1.0f / (1.0f + std::exp(-z)); };
   switch (activation) {
     case Activation::kIdentity:
@@ -59,6 +60,28 @@ inline Activated activate(Activation activation, float x) {
     }
   }
   __builtin_unreachable();
+}
+
+// run(std::integral_constant<Activation, activation>{}): the choice is made once, not per element.
+template <typename Run>
+inline __attribute__((always_inline)) void with_activation(Activation activation, const Run& run) {
+  switch (activation) {
+#define PK_CASE(name)        \
+  case Activation::name:     \
+    return run(std::integral_constant<Activation, Activation::name>{});
+    PK_CASE(kIdentity)
+    PK_CASE(kReLU)
+    PK_CASE(kGELU)
+    PK_CASE(kGELUTanh)
+    PK_CASE(kQuickGELU)
+    PK_CASE(kSiLU)
+    PK_CASE(kTanh)
+    PK_CASE(kSigmoid)
+    PK_CASE(kLeakyReLU)
+    PK_CASE(kReLU6)
+    PK_CASE(kMish)
+#undef PK_CASE
+  }
 }
 
 }  // namespace pk

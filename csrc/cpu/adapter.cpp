@@ -51,13 +51,14 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
       K::project(v.data(), plan.p + K::at(k, 0, ranks), rows, depth, ranks, sum.data());
     }
     T* pre = static_cast<T*>(c.pre) + first * c.rank;
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t j = 0; j < c.rank; ++j) {
-        T value;
-        from_float(sum[m * ranks + j] + plan.down_bias[j], pre + m * c.rank + j);
-        from_float(activate(c.activation, to_float(pre[m * c.rank + j])).value, &value);
-        h[m * ranks + j] = K::work(value);
-      }
+    with_activation(c.activation, [&](auto activation) PK_INLINE_LAMBDA {
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t j = 0; j < c.rank; ++j) {
+          const float before = rounded<T>(sum[m * ranks + j] + plan.down_bias[j]);
+          from_float(before, pre + m * c.rank + j);
+          h[m * ranks + j] = K::from(rounded<T>(activate(activation, before).value));
+        }
+    });
     const T* residual = static_cast<const T*>(c.residual.data);
     T* y = static_cast<T*>(c.y) + first * features;
     const int64_t step = c.dropout ? kDepth : features;  // the mask lies in pieces
@@ -94,20 +95,21 @@ PK_INLINE void bottleneck_rows(
     float* down_bias) {
   using T = typename K::Element;
   const AdapterBackward& c = *plan.call;
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t j = 0; j < c.rank; ++j) {
-      const Activated act = activate(c.activation, to_float(pre[m * c.rank + j]));
-      const int64_t place = K::at(m, j, plan.ranks);
-      T value;
-      if (!derive) {
-        from_float(act.value, &value);
-        h[place] = K::work(value);
-        continue;
+  with_activation(c.activation, [&](auto activation) PK_INLINE_LAMBDA {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < c.rank; ++j) {
+        const Activated act = activate(activation, to_float(pre[m * c.rank + j]));
+        const int64_t place = K::at(m, j, plan.ranks);
+        if (!derive) {
+          h[place] = K::from(rounded<T>(act.value));
+          continue;
+        }
+        const float slope = act.derivative * (sum[m * plan.ranks + j] * plan.factor);
+        const float value = rounded<T>(slope);
+        ds[place] = ds_left[m * plan.ranks + j] = K::from(value);
+        down_bias[j] += value;
       }
-      from_float(act.derivative * (sum[m * plan.ranks + j] * plan.factor), &value);
-      ds[place] = ds_left[m * plan.ranks + j] = K::work(value);
-      down_bias[j] += to_float(value);
-    }
+  });
 }
 
 template <typename K>
