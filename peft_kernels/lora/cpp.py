@@ -1,8 +1,8 @@
 """Launchers of the C++ CPU backend: the low-rank part in ``_C``, x Wᵀ by the GEMM library.
 
 The GEMM makes its product first and ``_C`` adds ``bias + s Bᵀ`` (in backward ``mask * (ds A)``) in
-place: a GEMM that adds to what is there (beta = 1) was measured to cost more than this pass. Products
-too small for a GEMM call are made in ``_C`` altogether.
+place: a GEMM that adds to what is there (beta = 1) was measured to cost more than this pass.
+Products too small for a GEMM call are made in ``_C`` altogether.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The adapter's C++ launchers on bare tensors, against float64 and eager PyTorch in the same dtype."""
+"""The adapter's C++ launchers on bare tensors, against float64 and eager in the same dtype."""
 
 from __future__ import annotations
 
