@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/adapter.h"
 #include "cpu/lora.h"
 #include "cpu/vector_level.h"
 #include "prompt_binding.h"
@@ -110,6 +111,31 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 pk::Type type(bool bfloat16) { return bfloat16 ? pk::Type::kBFloat16 : pk::Type::kFloat32; }
 
+// Arguments that both directions of the adapter take.
+pk::AdapterCall adapter_call(
+    bool bfloat16, int64_t tokens, int64_t features, int64_t rank, uintptr_t x, int64_t x_stride,
+    uintptr_t down, uintptr_t up, uintptr_t up_bias, float scale, uintptr_t channels,
+    int64_t activation, uintptr_t seed, uint32_t threshold, float keep_scale, uintptr_t pre) {
+  return {
+      .type = type(bfloat16),
+      .tokens = tokens,
+      .features = features,
+      .rank = rank,
+      .x = {pointer(x), x_stride},
+      .down = pointer(down),
+      .up = pointer(up),
+      .up_bias = pointer(up_bias),
+      .scale = scale,
+      .channels = static_cast<const float*>(pointer(channels)),
+      .activation = static_cast<pk::Activation>(activation),
+      .dropout = seed != 0,
+      .seed = seed ? *static_cast<const uint64_t*>(pointer(seed)) : 0,
+      .threshold = threshold,
+      .keep_scale = keep_scale,
+      .pre = pointer(pre),
+  };
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = PEFT_KERNELS_VERSION;
@@ -192,4 +218,34 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       "The low-rank gradients of lora_linear on raw pointers; see csrc/cpu/lora.h.");
+  py::class_<pk::AdapterCall>(m, "AdapterCall", "What both directions take; see csrc/cpu/adapter.h.")
+      .def(py::init(&adapter_call));
+  m.def(
+      "adapter_forward",
+      [](const pk::AdapterCall& call, uintptr_t down_bias, uintptr_t residual,
+         int64_t residual_stride, uintptr_t y) {
+        py::gil_scoped_release release;
+        pk::adapter_forward({call, pointer(down_bias), {pointer(residual), residual_stride}, pointer(y)});
+      },
+      "The adapter on raw pointers; see csrc/cpu/adapter.h.");
+  m.def(
+      "adapter_backward",
+      [](const pk::AdapterCall& call, uintptr_t dy, int64_t dy_stride, bool input_residual,
+         uintptr_t dx, uintptr_t d_down, bool d_down_bfloat16, uintptr_t d_up, bool d_up_bfloat16,
+         uintptr_t d_down_bias, bool d_down_bias_bfloat16, uintptr_t d_up_bias,
+         bool d_up_bias_bfloat16, uintptr_t d_scale) {
+        py::gil_scoped_release release;
+        pk::adapter_backward({
+            call,
+            {pointer(dy), dy_stride},
+            input_residual,
+            pointer(dx),
+            {pointer(d_down), type(d_down_bfloat16)},
+            {pointer(d_up), type(d_up_bfloat16)},
+            {pointer(d_down_bias), type(d_down_bias_bfloat16)},
+            {pointer(d_up_bias), type(d_up_bias_bfloat16)},
+            static_cast<float*>(pointer(d_scale)),
+        });
+      },
+      "The gradients of the adapter on raw pointers; see csrc/cpu/adapter.h.");
 }

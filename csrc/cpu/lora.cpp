@@ -143,11 +143,12 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
   }
 }
 
+// Clones of one name would be one function even across files, anonymous namespace or not.
 #define PK_DRIVERS(name, K)                                                                    \
-  PK_CLONES void forward_##name(const ForwardPlan<K>& plan, int64_t begin, int64_t end) {      \
+  PK_CLONES void lora_forward_##name(const ForwardPlan<K>& plan, int64_t begin, int64_t end) {      \
     forward_blocks<K>(plan, begin, end);                                                       \
   }                                                                                            \
-  PK_CLONES void backward_##name(const BackwardPlan<K>& plan, int64_t begin, int64_t end) {    \
+  PK_CLONES void lora_backward_##name(const BackwardPlan<K>& plan, int64_t begin, int64_t end) {    \
     for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk<K>(plan, chunk);          \
   }
 
@@ -217,20 +218,20 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
 
 void lora_forward(const LoRAForward& call) {
   if (call.weight) return lora_forward_small(call);
-  if (call.type == Type::kFloat32) return forward_as<Portable<float>>(call, forward_float);
+  if (call.type == Type::kFloat32) return forward_as<Portable<float>>(call, lora_forward_float);
 #ifdef PK_NATIVE
-  if (native_bfloat16()) return forward_as<NativeBFloat16>(call, forward_native);
+  if (native_bfloat16()) return forward_as<NativeBFloat16>(call, lora_forward_native);
 #endif
-  forward_as<Portable<bfloat16>>(call, forward_bfloat16);
+  forward_as<Portable<bfloat16>>(call, lora_forward_bfloat16);
 }
 
 void lora_backward(const LoRABackward& call) {
   if (call.weight) return lora_backward_small(call);
-  if (call.type == Type::kFloat32) return backward_as<Portable<float>>(call, backward_float);
+  if (call.type == Type::kFloat32) return backward_as<Portable<float>>(call, lora_backward_float);
 #ifdef PK_NATIVE
-  if (native_bfloat16()) return backward_as<NativeBFloat16>(call, backward_native);
+  if (native_bfloat16()) return backward_as<NativeBFloat16>(call, lora_backward_native);
 #endif
-  backward_as<Portable<bfloat16>>(call, backward_bfloat16);
+  backward_as<Portable<bfloat16>>(call, lora_backward_bfloat16);
 }
 
 }  // namespace pk

@@ -164,19 +164,19 @@ PK_INLINE void backward_rows(const LoRABackward& c) {
   write_gradient(total + da + db, N, 1, 1, N, c.dbias);
 }
 
-PK_CLONES void forward_float(const LoRAForward& call) { forward_rows<float>(call); }
-PK_CLONES void forward_bfloat16(const LoRAForward& call) { forward_rows<bfloat16>(call); }
-PK_CLONES void backward_float(const LoRABackward& call) { backward_rows<float>(call); }
-PK_CLONES void backward_bfloat16(const LoRABackward& call) { backward_rows<bfloat16>(call); }
+PK_CLONES void small_forward_float(const LoRAForward& call) { forward_rows<float>(call); }
+PK_CLONES void small_forward_bfloat16(const LoRAForward& call) { forward_rows<bfloat16>(call); }
+PK_CLONES void small_backward_float(const LoRABackward& call) { backward_rows<float>(call); }
+PK_CLONES void small_backward_bfloat16(const LoRABackward& call) { backward_rows<bfloat16>(call); }
 
 }  // namespace
 
 void lora_forward_small(const LoRAForward& call) {
-  call.type == Type::kFloat32 ? forward_float(call) : forward_bfloat16(call);
+  call.type == Type::kFloat32 ? small_forward_float(call) : small_forward_bfloat16(call);
 }
 
 void lora_backward_small(const LoRABackward& call) {
-  call.type == Type::kFloat32 ? backward_float(call) : backward_bfloat16(call);
+  call.type == Type::kFloat32 ? small_backward_float(call) : small_backward_bfloat16(call);
 }
 
 }  // namespace pk

@@ -72,6 +72,7 @@ struct Portable {
   // Where element (i, j) of P, Q or L lies, i being the index of the reduction.
   static PK_INLINE int64_t at(int64_t i, int64_t j, int64_t stride) { return i * stride + j; }
   static PK_INLINE float work(T value) { return to_float(value); }
+  static PK_INLINE float from(float value) { return value; }  // of a value that T can hold
 
   // V[rows, kDepth] = rows x columns of x, zero beyond `depth` and in the rows of the last strip.
   static PK_INLINE void stage(const T* x, int64_t stride, int64_t rows, int64_t depth, float* v) {

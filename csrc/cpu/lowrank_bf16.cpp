@@ -10,9 +10,14 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kPiece = 32;  // columns interleaved at a time
+constexpr int64_t kPiece = 32;   // columns interleaved at a time
+constexpr int64_t kCopied = 64;  // pairs of rows of Q that are copied
 
 PK_NATIVE_INLINE __m512bh pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+PK_NATIVE_INLINE void prefetch(const bfloat16* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 // One pair of a row in every lane.
 PK_NATIVE_INLINE __m512bh one_pair(const bfloat16* p) {
@@ -124,7 +129,7 @@ PK_NATIVE void NativeBFloat16::stage(
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t k = 0; k < kDepth; k += 32) {
       const bfloat16* from = x + m * stride + k;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth), _MM_HINT_T0);  // of the next block
+      prefetch(from + kDepth);  // of the next block
       _mm512_storeu_si512(v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), from));
     }
   // The tiles take kStrip or twice as many rows.
@@ -143,6 +148,9 @@ PK_NATIVE void NativeBFloat16::project(
     const bfloat16* v, const bfloat16* p, int64_t rows, int64_t depth, int64_t ranks, float* s) {
   const int64_t count = (depth + 1) / 2;
   int64_t j = 0;
+  for (; j + 4 * kLanes <= ranks; j += 4 * kLanes)
+    for (int64_t m = 0; m < rows; m += kStrip / 2)
+      project_tile<kStrip / 2, 4>(v + m * kDepth, p + 2 * j, count, ranks, s + m * ranks + j);
   for (; j + 2 * kLanes <= ranks; j += 2 * kLanes)
     for (int64_t m = 0; m < rows; m += kStrip)
       project_tile<kStrip, 2>(v + m * kDepth, p + 2 * j, count, ranks, s + m * ranks + j);
@@ -173,14 +181,31 @@ PK_NATIVE void NativeBFloat16::expand(
     const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
     int64_t y_stride) {
   constexpr int R = 4, C = 4;
+  alignas(64) bfloat16 copy[kCopied * kColumns * 2];
   const int64_t count = (ranks + 1) / 2;
-  for (int64_t n = 0; n < columns; n += C * kLanes) {
+  const bool copied = count <= kCopied && rows > R;
+  for (int64_t n = 0; n < columns; n += kColumns) {
+    const bfloat16* tile = q + 2 * n;
+    // Rows of Q lie a power of two apart as a rule: they would evict each other for every strip.
+    for (int64_t j = 0; copied && j < count; ++j)
+      std::memcpy(copy + j * kColumns * 2, tile + j * q_stride * 2, kColumns * 2 * sizeof(bfloat16));
+    if (copied) tile = copy;
+    const int64_t stride = copied ? kColumns : q_stride;
     for (int64_t m = 0; m < rows; m += R) {
+      PK_UNROLL for (int i = 0; i < R; ++i) {  // the next columns: rows lie pages apart
+        const int64_t column = n + kColumns;
+        prefetch(y + (m + i) * y_stride + column);
+        prefetch(y + (m + i) * y_stride + column + 32);
+        if (after.before) {
+          prefetch(after.before + (m + i) * after.before_stride + column);
+          prefetch(after.before + (m + i) * after.before_stride + column + 32);
+        }
+      }
       __m512 acc[R][C] = {};
       for (int64_t j = 0; j < count; ++j) {
         __m512bh weights[C];
         PK_UNROLL for (int c = 0; c < C; ++c)
-          weights[c] = pairs(q + 2 * (j * q_stride + n + c * kLanes));
+          weights[c] = pairs(tile + 2 * (j * stride + c * kLanes));
         PK_UNROLL for (int i = 0; i < R; ++i) {
           const __m512bh value = one_pair(s + (m + i) * s_stride + 2 * j);
           PK_UNROLL for (int c = 0; c < C; ++c)

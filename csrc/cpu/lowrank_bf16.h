@@ -17,10 +17,15 @@ struct NativeBFloat16 {
   static constexpr int64_t kRows = 64;         // of a block in backward: fewer passes over G
   static constexpr int64_t kForwardRows = 32;  // in forward: enough blocks for every core
 
-  static int64_t at(int64_t i, int64_t j, int64_t stride) {
+  static PK_INLINE int64_t at(int64_t i, int64_t j, int64_t stride) {
     return (i / 2 * stride + j) * 2 + i % 2;
   }
-  static bfloat16 work(bfloat16 value) { return value; }
+  static PK_INLINE bfloat16 work(bfloat16 value) { return value; }
+  static PK_INLINE bfloat16 from(float value) {
+    bfloat16 out;
+    from_float(value, &out);
+    return out;
+  }
 
   PK_NATIVE static void stage(
       const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v);

@@ -6,6 +6,8 @@
 #include "vector_level.h"
 
 #ifdef PK_AVX512
+// GCC 12 warns of the deliberately undefined operands inside its own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 

@@ -11,6 +11,7 @@
 // Accumulators stay in registers only where their loop is unrolled before they are allocated.
 #define PK_UNROLL _Pragma("GCC unroll 16")
 #define PK_INLINE inline __attribute__((always_inline))
+#define PK_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

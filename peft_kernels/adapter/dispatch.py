@@ -7,17 +7,14 @@ opaque ops, so that the choice, the casts and a warning happen inside.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_kernels.adapter import reference, reference_grouped
+from peft_kernels.adapter import cpp, reference, reference_grouped
 from peft_kernels.core import backend as backends
-from peft_kernels.core import extension, triton_runtime
+from peft_kernels.core import triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, narrow, packed, rows, widen
 
@@ -55,26 +52,8 @@ def _triton_plan(spec: AdapterSpec) -> str:
     return adapter_tiles.plan(*spec[:5])
 
 
-@functools.cache
-def _cpp() -> Any:
-    """Return the module of the C++ launchers, or None where this build has none."""
-    name = "peft_kernels.adapter.cpp"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-def _cpp_forward(*args: Any) -> None:
-    _cpp().forward(*args)
-
-
-def _cpp_backward(*args: Any) -> None:
-    _cpp().backward(*args)
-
-
 def _cpp_why_not(spec: AdapterSpec) -> str | None:
-    if _cpp() is None:
-        return "the C++ adapter kernels are not part of this build"
-    reason: str | None = _cpp().why_not(spec.dtype)
-    return reason or extension.why_not()
+    return cpp.why_not(spec.dtype)
 
 
 ADAPTER = backends.Op(
@@ -83,7 +62,7 @@ ADAPTER = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
-        backends.Backend("cpp", _cpp_forward, _cpp_backward, _cpp_why_not),
+        backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
 )
