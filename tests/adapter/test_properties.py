@@ -139,7 +139,7 @@ def test_any_call_agrees_with_float64(backend: str) -> None:
     if not _serves(backend):
         pytest.skip(f"the {backend} backend does not run here: see python -m peft_kernels env")
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=80, deadline=None, derandomize=True)
     @drawn(_problems(_DTYPES[backend], 70))
     def run(given: Problem) -> None:
         _check(given, backend)
@@ -152,7 +152,7 @@ def test_any_call_agrees_with_float64_in_the_triton_interpreter() -> None:
     if not _serves("triton"):
         pytest.skip("Triton interprets CPU tensors only under TRITON_INTERPRET=1")
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=12, deadline=None, derandomize=True)
     @drawn(_problems(_DTYPES["triton"], 40))
     def run(given: Problem) -> None:
         _check(given, "triton")

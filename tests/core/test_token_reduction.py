@@ -81,6 +81,47 @@ def test_one_output_alone_is_what_it_is_among_all(splits: int, wanted: str) -> N
     assert all(t.isnan().all() for name, t in alone.items() if name != wanted)
 
 
+@pytest.mark.parametrize("kind", ["number", "learned", "channel"])
+@pytest.mark.parametrize("p", [0.0, P])
+def test_scaled_sums_and_the_gradient_of_the_scale(splits: int, p: float, kind: str) -> None:
+    """As an adapter has it: the second product under dropout and scaled, its low side summed."""
+    from peft_kernels.core.token_reduction import Factor, Scaling, token_reduction
+
+    v0, low0, v1, low1 = _tensors()
+    weight, bias = torch.randn(C1, RANK), torch.randn(C1)
+    scale = {"number": 0.5, "learned": torch.tensor([0.5]), "channel": torch.randn(C1)}[kind]
+    learned = isinstance(scale, Tensor)
+    gradient = _poisoned(scale.numel()) if isinstance(scale, Tensor) else None
+    out0, out1, lowsum, colsum = (
+        _poisoned(*size) for size in ((C0, RANK), (C1, RANK), (RANK,), (C1,))
+    )
+    inverse_keep = 1.0 / (1.0 - p)
+    token_reduction(
+        Factor(v0, low0, out0),
+        Factor(v1, low1, out1),
+        colsum,
+        tiles.reduction_tile(v0.device, v0.dtype, RANK),
+        seed=SEED if p else None,
+        dropout_p=p,
+        precision="ieee",
+        dropped=1,
+        lowsum=lowsum,
+        scaling=Scaling(scale, inverse_keep, gradient, weight, bias),
+    )
+    kept = (v1 * rng.dropout_mask(SEED, TOKENS, C1, p) if p else v1).double()
+    product, sums = kept.t() @ low1.double(), kept.sum(0)
+    factor = (scale.double() if isinstance(scale, Tensor) else scale) * inverse_keep
+    by_row = factor[:, None] if kind == "channel" else factor
+    torch.testing.assert_close(out0, (v0.double().t() @ low0.double()).float())
+    torch.testing.assert_close(lowsum, low0.double().sum(0).float())
+    torch.testing.assert_close(out1, (product * by_row).float())
+    torch.testing.assert_close(colsum, (sums * factor).float())
+    if learned:
+        shares = ((weight.double() * product).sum(1) + bias.double() * sums) * inverse_keep
+        expected = shares if kind == "channel" else shares.sum()[None]
+        torch.testing.assert_close(gradient, expected.float(), rtol=2e-5, atol=2e-4)
+
+
 def test_enough_programs_are_wanted_that_tests_of_lora_split_too() -> None:
     from peft_kernels.core.token_reduction import _splits
 
