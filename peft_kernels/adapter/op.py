@@ -212,7 +212,7 @@ def call(
     arguments = (
         *others, factor, input_residual, activation, seed, dropout_p, backend, index, dtype,
     )  # fmt: skip
-    if not checks.autocast_enabled(device.type):
+    if not checks.autocast_enabled(device):
         return AdapterFunction.apply(*arguments)
     with torch.autocast(device.type, enabled=False):
         return AdapterFunction.apply(*arguments)
