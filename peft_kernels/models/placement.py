@@ -112,7 +112,6 @@ def add_adapters(
         width = _width(module) if d_model is None else d_model
         return AdaptedModule(module, Adapter(width, **(place | STYLES[style] | options)))
 
-    _check_called(model, targets)
     return replace(model, targets, build)
 
 
@@ -126,16 +125,3 @@ def _width(module: nn.Module) -> int:
     if isinstance(width, int):
         return width
     raise ValueError(f"the width of a {type(module).__name__}'s output is not known: give d_model")
-
-
-def _check_called(model: nn.Module, targets: str | Iterable[str]) -> None:
-    """Refuse projections inside nn.MultiheadAttention, which reads their weights unadapted."""
-    names = [targets] if isinstance(targets, str) else list(targets)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            inner = f"{path}.out_proj" if path else "out_proj"
-            if any(inner == name or inner.endswith(f".{name}") for name in names):
-                raise ValueError(
-                    f"targets name {inner!r}, whose weight nn.MultiheadAttention reads without "
-                    f"calling it; name the attention itself, {path!r}"
-                )

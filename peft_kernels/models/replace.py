@@ -16,6 +16,9 @@ def replace(
     (``"q_proj"``, ``"attention.q_proj"``). A module reached under several names is built once, and
     its replacement is put under all of them, so that tied layers stay tied.
 
+    ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of its layers
+    without calling them: it is switched off where one of them is replaced.
+
     Args:
         model: the model to change.
         targets: one name or suffix, or several.
@@ -27,7 +30,8 @@ def replace(
 
     Raises:
         TypeError: a target is not a string, or ``build`` returned no module.
-        ValueError: a target matched nothing, or one match lies inside another.
+        ValueError: a target matched nothing, one match lies inside another, or a match is the
+            ``out_proj`` of an ``nn.MultiheadAttention``, which only reads its weight.
 
     Example:
         >>> from torch import nn
@@ -49,6 +53,7 @@ def replace(
         outer = next((each for each in matched if name.startswith(each + ".")), None)
         if outer is not None:
             raise ValueError(f"targets match {outer!r} and {name!r} inside it; name one of them")
+        _check_called(name, modules[name.rpartition(".")[0]])
 
     built: dict[int, nn.Module] = {}
     for name in matched:
@@ -62,7 +67,31 @@ def replace(
     for name in matched:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, built[id(modules[name])])
+        _leave_fast_path(modules, parent)
     return matched
+
+
+def _check_called(name: str, parent: nn.Module) -> None:
+    if isinstance(parent, nn.MultiheadAttention):
+        attention = name.rpartition(".")[0]
+        raise ValueError(
+            f"targets match {name!r}, whose weight nn.MultiheadAttention reads without calling it: "
+            f"a replacement would be ignored; name the attention itself, {attention!r}"
+        )
+
+
+def _leave_fast_path(modules: dict[str, nn.Module], name: str) -> None:
+    """Make the transformer encoders around module ``name`` call their layers in inference too."""
+    while True:
+        module = modules[name]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # What torch sets for an activation that its fused inference does not know.
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        if not name:
+            return
+        name = name.rpartition(".")[0]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -70,3 +70,27 @@ def test_the_model_still_computes_what_it_did() -> None:
     before = model(x)
     replace(model, ["0", "2"], _lora)
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_encoder_calls_what_was_replaced_in_inference_too(padded: bool) -> None:
+    """Its fused path for inference would read the frozen weights and drop the low-rank part."""
+    layer = nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    names = replace(encoder, ["linear1", "linear2"], _lora)
+    assert len(names) == 4
+    for name in names:
+        nn.init.normal_(encoder.get_submodule(name).get_parameter("lora_B"))
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    with_gradients = encoder(x, src_key_padding_mask=mask)
+    with torch.inference_mode():
+        without = encoder(x, src_key_padding_mask=mask)
+    kept = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(without[kept], with_gradients[kept])
+
+
+def test_a_layer_whose_parent_only_reads_its_weight_is_refused() -> None:
+    attention = nn.MultiheadAttention(16, 2)
+    with pytest.raises(ValueError, match=r"out_proj.*would be ignored"):
+        replace(nn.ModuleDict({"attention": attention}), "out_proj", _lora)
