@@ -227,9 +227,7 @@ def test_meta_tensors_give_shapes() -> None:
     assert adapter(**arguments).shape == (4, 8)
 
 
-def test_a_build_without_the_cpp_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels.adapter import dispatch
-
-    spec = dispatch.AdapterSpec(torch.device("cpu"), torch.float32, 4, 8, 2, False)
-    monkeypatch.setattr(dispatch, "_cpp", lambda: None)
-    assert dispatch._cpp_why_not(spec) == "the C++ adapter kernels are not part of this build"
+def test_cpp_is_what_runs_on_a_cpu_by_default() -> None:
+    x, down, up = torch.randn(4, 8), torch.randn(2, 8), torch.randn(8, 2)
+    assert explain(adapter, x, down, up).backend == "cpp"
+    assert explain(adapter, x.half(), down.half(), up.half()).backend == "reference"
