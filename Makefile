@@ -9,7 +9,7 @@ JOBS ?= 2
 
 TOOLS := $(VENV)/.tools
 READY := $(VENV)/.ready
-SOURCES := setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
+SOURCES := setup.py peft_kernels/version.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -48,7 +48,7 @@ distclean: clean ## remove .venv too
 $(TOOLS): pyproject.toml constraints-dev.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	  "development needs Python 3.11 or later (make PYTHON=python3.11 ...), this is " + sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(PIP_INSTALL) torch==2.13.0
 	$(PIP_INSTALL) setuptools wheel ninja pybind11
 	@touch $@

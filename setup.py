@@ -45,7 +45,7 @@ def extension() -> dict[str, Any]:
     say("compiling the CPU kernels; this version has no CUDA sources, Triton serves the GPU")
     module = CppExtension(
         "peft_kernels._C",
-        files("csrc", "**/*.cpp"),
+        files("csrc", "*.cpp") + files("csrc", "cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=files("csrc", "**/*.h"),
         extra_compile_args=[

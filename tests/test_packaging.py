@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -169,3 +170,26 @@ def test_ci_runs_lint_tests_and_the_dry_gpu_report() -> None:
     assert "set -euo pipefail" in text
     calls = re.findall(r"^make .*$", text, re.MULTILINE)
     assert calls == ["make lint", "make test", "make gpu-report DRY_RUN=1 PYTHON=.venv/bin/python"]
+
+
+def test_a_source_distribution_holds_what_building_and_testing_read(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout: nothing says which files belong to the source")
+    names = [name for name in tracked.stdout.split("\0") if name and (ROOT / name).is_file()]
+    for name in names:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=source, env=os.environ | {"PEFT_KERNELS_BUILD": "none"}, capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in names if not name.startswith((".git", "bench/results/"))} <= held

@@ -226,7 +226,8 @@ void lora_forward(const LoRAForward& call) {
 }
 
 void lora_backward(const LoRABackward& call) {
-  if (call.weight) return lora_backward_small(call);
+  // Without rows the gradients of the factors are zero.
+  if (call.weight || call.tokens == 0) return lora_backward_small(call);
   if (call.type == Type::kFloat32) return backward_as<Portable<float>>(call, lora_backward_float);
 #ifdef PK_NATIVE
   if (native_bfloat16()) return backward_as<NativeBFloat16>(call, lora_backward_native);

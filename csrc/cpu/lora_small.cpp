@@ -1,5 +1,5 @@
 // All of a LoRA product too small for a GEMM call, base product included, one row after another: no
-// packing, no threads, and no memory but one buffer that its thread keeps. For few rows: gradients are sums of sums of eight.
+// packing and no memory but one buffer that its thread keeps. For few rows: gradients are sums of sums of eight.
 #include "lora_small.h"
 
 #include <algorithm>

@@ -35,7 +35,8 @@ void write_tile(
 }  // namespace
 
 Chunks chunks_of(int64_t rows, int64_t block_rows, int64_t part_bytes) {
-  const int64_t blocks = (rows + block_rows - 1) / block_rows;
+  // Without rows one chunk is left, whose sums are zero.
+  const int64_t blocks = std::max<int64_t>(1, (rows + block_rows - 1) / block_rows);
   const int64_t fitting = part_bytes ? kPartialBytes / part_bytes : kChunks;
   const int64_t wanted = std::max<int64_t>(1, std::min({kChunks, fitting, rows / kFewestRows}));
   const int64_t each = (blocks + wanted - 1) / wanted;

@@ -86,12 +86,13 @@ def run_forward(
     """Choose a backend and write y [..., N] and s [M, r]; s's dtype is the one computed in."""
     dtype = s.dtype
     (out_features, in_features), (tokens, rank) = weight.shape, s.shape
+    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    chosen = backends.select(LORA_LINEAR, spec, backend)
     if not (tokens and out_features and in_features):
         y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
         s.zero_()
         return
-    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
-    backends.select(LORA_LINEAR, spec, backend).forward(
+    chosen.forward(
         rows(x, dtype),
         matrix(weight, dtype),
         packed(lora_a, dtype),
@@ -125,6 +126,8 @@ def run_backward(
     """Choose a backend and write the gradients that are not None."""
     dtype = s.dtype
     (out_features, in_features), (tokens, rank) = weight.shape, s.shape
+    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
+    chosen = backends.select(LORA_LINEAR, spec, backend)
     if not (tokens and out_features and in_features):
         for gradient in (dx, da, db, dweight):
             if gradient is not None:
@@ -132,11 +135,10 @@ def run_backward(
         if dbias is not None:
             dbias.copy_(dy.reshape(tokens, out_features).sum(0))
         return
-    spec = (x.device, dtype, tokens, in_features, out_features, rank, seed is not None)
     # Under autocast x and weight may be wider than what is computed in.
     dx_narrow = narrow(dx, dtype)
     dweight_narrow = narrow(dweight, dtype)
-    backends.select(LORA_LINEAR, spec, backend).backward(
+    chosen.backward(
         rows(dy, dtype),
         rows(x, dtype),
         s,

@@ -181,7 +181,9 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to ``weight``, in place, so that inference costs one matmul.
 
-        A layer made by ``from_linear`` shares its weight: whoever else holds it sees the merge.
+        A layer made by ``from_linear`` shares its weight: whoever else holds it sees the merge. The
+        state dict of a merged layer holds the merged weight and does not say so: unmerge before
+        saving what another layer is to load.
 
         Raises:
             RuntimeError: already merged, or the result would not be finite.

@@ -25,7 +25,7 @@ def _keep(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep
+    return x if keep is None else torch.where(keep, x, 0.0)
 
 
 def forward(

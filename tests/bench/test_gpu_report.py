@@ -253,7 +253,8 @@ def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> No
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench/test_lora_benchmark.py", "-q",
-            "--lora-cases", "tiny", "--benchmark-disable", "-p", "break_fused", "-p", "no:cacheprovider", "-p", "no:xdist",
+            "--lora-cases", "tiny", "--benchmark-disable", "-p", "break_fused",
+            "-p", "no:cacheprovider", "-p", "no:xdist",
         ],
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip

@@ -21,6 +21,7 @@ SHAPES = [
     pytest.param(2, 64, 64, 8, id="small-product"),
     pytest.param(60, 5, 9, 3, id="small-many-tokens"),
     pytest.param(1, 70, 150, 20, id="small-wide"),
+    pytest.param(5, 4, 6, 512, id="small-rank-512"),
     pytest.param(64, 96, 128, 16, id="aligned"),
     pytest.param(33, 50, 41, 3, id="ragged"),
     pytest.param(97, 131, 150, 17, id="ragged-gemm"),
@@ -116,11 +117,10 @@ def test_float32_adapters_beside_bfloat16_get_float32_gradients() -> None:
     assert not torch.equal(found["da"], found["da"].bfloat16().float())
 
 
-@pytest.mark.parametrize("size", [3, 19, 150])
+@pytest.mark.parametrize(("tokens", "size"), [(75, 3), (75, 19), (75, 150), (60, 3), (7, 19)])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
-def test_mask_equals_the_specification_bit_for_bit(size: int, p: float) -> None:
+def test_mask_equals_the_specification_bit_for_bit(tokens: int, size: int, p: float) -> None:
     """A = identity and scale = 1 - p make s the dropped x itself."""
-    tokens = 75
     x = torch.randn(tokens, size).abs() + 1
     eye, zeros = torch.eye(size), torch.zeros(size, size)
     seed = torch.tensor([-(2**61) + 12345])
@@ -135,7 +135,7 @@ def test_mask_equals_the_specification_bit_for_bit(size: int, p: float) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [2, 33, 600])
+@pytest.mark.parametrize("tokens", [1, 33, 600])
 def test_every_output_element_is_written(
     tokens: int, dtype: torch.dtype, poisoned_allocations: None
 ) -> None:
@@ -144,8 +144,11 @@ def test_every_output_element_is_written(
 
 @pytest.mark.parametrize("needed", ["x", "lora_a", "lora_b", "bias"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_one_gradient_alone_is_what_it_is_among_all(needed: str, dropout_p: float) -> None:
-    given = problem(70, 50, 41, 3, dropout_p=dropout_p)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_one_gradient_alone_is_what_it_is_among_all(
+    needed: str, dropout_p: float, tokens: int
+) -> None:
+    given = problem(tokens, 50, 41, 3, dropout_p=dropout_p)
     inputs = given.inputs()
     expected = results(fused(given, inputs, "cpp"), inputs, given.dy)
     index = ["x", "weight", "lora_a", "lora_b", "bias"].index(needed)
@@ -230,3 +233,14 @@ def test_registered_ops_give_what_the_backend_gives(dtype: torch.dtype) -> None:
     assert torch.equal(dx, expected["dx"])
     assert torch.equal(da, expected["da"]) and torch.equal(db, expected["db"])
     assert torch.equal(dbias, expected["dbias"])
+
+
+def test_registered_ops_of_no_rows_give_zero_gradients() -> None:
+    extension.load()
+    x, dy, s = torch.empty(0, 6), torch.empty(0, 4), torch.empty(0, 2)
+    weight, lora_a, lora_b = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
+    da, db, dbias = torch.full((2, 6), 7.0), torch.full((4, 2), 7.0), torch.full((4,), 7.0)
+    torch.ops.peft_kernels.cpu_lora_backward(
+        dy, x, s, weight, lora_a, lora_b, None, 1.0, 0, torch.empty(0, 6), da, db, dbias
+    )
+    assert not da.any() and not db.any() and not dbias.any()
