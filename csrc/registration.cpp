@@ -166,7 +166,8 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t x, int64_t x_stride, uintptr_t lora_a, uintptr_t lora_b, uintptr_t bias,
          uintptr_t weight, float factor, uintptr_t seed, uint32_t threshold, uintptr_t y,
          uintptr_t s) {
-        py::gil_scoped_release release;
+        std::optional<py::gil_scoped_release> release;
+        if (!weight) release.emplace();  // a small product takes less than handing the lock over
         pk::lora_forward(pk::LoRAForward{
             .type = type(bfloat16),
             .tokens = tokens,
@@ -194,7 +195,8 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t lora_a, uintptr_t lora_b, uintptr_t weight, float factor, uintptr_t seed,
          uint32_t threshold, uintptr_t dx, uintptr_t da, bool da_bfloat16, uintptr_t db, bool db_bfloat16,
          uintptr_t dbias, bool dbias_bfloat16) {
-        py::gil_scoped_release release;
+        std::optional<py::gil_scoped_release> release;
+        if (!weight) release.emplace();
         pk::lora_backward(pk::LoRABackward{
             .type = type(bfloat16),
             .tokens = tokens,

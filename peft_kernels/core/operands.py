@@ -12,7 +12,7 @@ def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
-    return x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()
+    return x if x.stride()[1] == 1 else x.contiguous()
 
 
 def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

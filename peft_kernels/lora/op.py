@@ -137,7 +137,9 @@ def lora_linear(
     """
     dtype, autocast = _check(x, weight, lora_a, lora_b, bias)
     factor = checks.check_scale("scale", scale)
-    probability = checks.check_probability("dropout_p", dropout_p) if training else 0.0
+    probability = 0.0
+    if training and dropout_p != 0.0:
+        probability = checks.check_probability("dropout_p", dropout_p)
     if backend is not None:
         backends.check_backend_name(backend)
     if probability == 0.0:
@@ -181,15 +183,16 @@ def _check(
 def _check_shapes(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
 ) -> None:
-    if x.dim() == 0:
+    shape, weight_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
+    if not shape:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
-    if not weight.dim() == lora_a.dim() == lora_b.dim() == 2:
+    if not len(weight_shape) == len(a_shape) == len(b_shape) == 2:
         checks.check_ndim("weight", weight, 2, "[N, K]")
         checks.check_ndim("lora_a", lora_a, 2, "[r, K]")
         checks.check_ndim("lora_b", lora_b, 2, "[N, r]")
-    out_features, in_features = weight.shape
-    rank, down_features = lora_a.shape
-    if x.shape[-1] != in_features:
+    out_features, in_features = weight_shape
+    rank, down_features = a_shape
+    if shape[-1] != in_features:
         raise ValueError(
             f"x must have shape [..., {in_features}] to fit weight {list(weight.shape)}, "
             f"got {list(x.shape)}"
@@ -201,7 +204,7 @@ def _check_shapes(
             f"lora_a must have shape [r, {in_features}] to fit weight {list(weight.shape)}, "
             f"got {list(lora_a.shape)}"
         )
-    if lora_b.shape != (out_features, rank):
+    if b_shape != (out_features, rank):
         raise ValueError(
             f"lora_b must have shape [{out_features}, {rank}] to fit weight "
             f"{list(weight.shape)} and lora_a {list(lora_a.shape)}, got {list(lora_b.shape)}"

@@ -29,16 +29,25 @@ def _typed(types: dict[str, str], dtype: str) -> dict[str, str]:
 
 
 def product(
-    dtype: str, tile: LoRATile, rank: int, direction: str, dropout: int, ragged: bool = False
+    dtype: str,
+    tile: LoRATile,
+    rank: int,
+    direction: str,
+    dropout: int,
+    *,
+    ragged: bool = False,
+    scale_is_pointer: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of a ticket or recompute launch."""
     types = _typed(_PRODUCT, dtype)
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": not ragged,
-        "DROPOUT": dropout, "HAS_BIAS": direction == "forward", "SCALE_IS_POINTER": False,
+        "DROPOUT": dropout, "HAS_BIAS": direction == "forward", "SCALE_IS_POINTER": scale_is_pointer,
         "PRECISION": "tf32",
     }  # fmt: skip
+    if scale_is_pointer:
+        types["scale"] = "*fp32"
     # The strides that are 1 in each direction: weight row-major, A and B contiguous.
     unit = ("stride_wk", "stride_ak", "stride_br")
     if direction == "backward":
@@ -49,13 +58,18 @@ def product(
 
 
 def low_rank(
-    dtype: str, tile: LoRATile, rank: int, dropout: int, scale_is_pointer: bool = False
+    dtype: str,
+    tile: LoRATile,
+    rank: int,
+    dropout: int,
+    scale_is_pointer: bool = False,
+    precision: str = "tf32",
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the launch that computes s alone."""
     types = _typed(_LOW_RANK, dtype)
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": rank_block(rank),
-        "DROPOUT": dropout, "SCALE_IS_POINTER": scale_is_pointer, "PRECISION": "tf32",
+        "DROPOUT": dropout, "SCALE_IS_POINTER": scale_is_pointer, "PRECISION": precision,
         "stride_ak": 1,
     }  # fmt: skip
     if scale_is_pointer:
@@ -64,12 +78,12 @@ def low_rank(
 
 
 def masked_update(
-    dtype: str, tile: LoRATile, rank: int
+    dtype: str, tile: LoRATile, rank: int, precision: str = "tf32"
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of "split"'s last launch in backward."""
     types = _typed(_MASKED_UPDATE, dtype)
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": rank_block(rank),
-        "PRECISION": "tf32", "stride_bn": 1,
+        "PRECISION": precision, "stride_bn": 1,
     }  # fmt: skip
     return types, constants, frozenset(set(types) - _RAGGED)

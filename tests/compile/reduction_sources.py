@@ -25,10 +25,10 @@ _RAGGED = {
 
 
 def lora(
-    dtype: str, tile: ReductionTile, dropout: bool, splits: int
+    dtype: str, tile: ReductionTile, dropout: bool, splits: int, precision: str = "tf32"
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the gradients of LoRA's factors."""
-    return _source(dtype, tile, DROPOUT=0 if dropout else -1, SPLITS=splits)
+    return _source(dtype, tile, DROPOUT=0 if dropout else -1, SPLITS=splits, PRECISION=precision)
 
 
 def adapter(

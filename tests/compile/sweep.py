@@ -71,6 +71,13 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
             name = f"{shape_class} {direction} dropout{dropout} r{rank} {tile}"
             source = lora_sources.product(dtype, tile, rank, direction, dropout)
             yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+            # Under torch.compile the scale is a tensor; K and strides need be multiples of nothing.
+            if dropout == 0 and direction == "forward":
+                source = lora_sources.product(
+                    dtype, tile, rank, direction, dropout, ragged=True, scale_is_pointer=True
+                )
+                name += " ragged, scale in a tensor"
+                yield Case(name, kernel, source, tile.num_warps, tile.num_stages, False)
 
 
 def _low_ranks(dtype: str) -> Iterator[Case]:
@@ -88,6 +95,18 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
         name = f"masked_update r{rank}"
         # No loop to pipeline at this rank: y is read and written once.
         yield Case(name, "_masked_update_kernel", source, tile.num_warps, tile.num_stages, False)
+        if dtype == "fp32":
+            # PyTorch's default precision, in which products are exact and off the tensor cores.
+            source = lora_sources.low_rank(dtype, tile, rank, 1, precision="ieee")
+            yield Case(
+                f"low_rank exact r{rank}", "_low_rank_kernel", source, tile.num_warps,
+                tile.num_stages, products=False,
+            )  # fmt: skip
+            source = lora_sources.masked_update(dtype, tile, rank, "ieee")
+            yield Case(
+                f"masked_update exact r{rank}", "_masked_update_kernel", source, tile.num_warps,
+                tile.num_stages, False, products=False,
+            )  # fmt: skip
 
 
 def _reductions(dtype: str) -> Iterator[Case]:
@@ -98,6 +117,12 @@ def _reductions(dtype: str) -> Iterator[Case]:
                 source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+        if dtype == "fp32":
+            source = reduction_sources.lora(dtype, tile, True, 8, "ieee")
+            yield Case(
+                f"reduction exact r{tile.block_r}", "_token_reduction_kernel", source,
+                tile.num_warps, tile.num_stages, products=False,
+            )  # fmt: skip
 
 
 def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
