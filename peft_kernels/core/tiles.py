@@ -137,9 +137,15 @@ _LORA_TF32 = {
     "masked": LoRATile("ticket", 64, 64, 32, 4, 3),
     "masked+": LoRATile("ticket", 64, 64, 32, 4, 3),
 }
+# Where K is no multiple of 64, or N, a stride or an address none of 16: loads are masked or cannot
+# be asynchronous copies, pass through registers, and leave fewer of them for the tile.
+_UNALIGNED = LoRATile("ticket", 64, 64, 64, 8, 2)
+_UNALIGNED_TF32 = LoRATile("ticket", 64, 64, 32, 8, 2)
 # What computes s alone, for "split" and for a backward that needs no dx.
 LOW_RANK_TILE = LoRATile("split", 64, 64, 64, 4, 3)
 LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
+# Exact float32 products run off the tensor cores and need more registers.
+LOW_RANK_TILE_EXACT = LoRATile("split", 64, 64, 32, 8, 2)
 _INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
 # By the ranks of a block: 16, 32, and what ranks above 32 take.
@@ -153,6 +159,11 @@ REDUCTION_TILES_32BIT = {
     16: ReductionTile(32, 64, 16, 8, 2),
     32: ReductionTile(32, 64, 32, 8, 2),
     64: ReductionTile(32, 64, 32, 8, 2),
+}
+REDUCTION_TILES_EXACT = {
+    16: ReductionTile(16, 64, 16, 8, 2),
+    32: ReductionTile(16, 64, 32, 8, 2),
+    64: ReductionTile(16, 64, 32, 8, 2),
 }
 _REDUCTION_TILES_INTERPRETED = {
     16: ReductionTile(32, 32, 16, 4, 1),
@@ -210,7 +221,12 @@ def rank_block(rank: int) -> int:
 
 
 def lora_tile(
-    device: torch.device, dtype: torch.dtype, tokens: int, rank: int, direction: str
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    rank: int,
+    direction: str,
+    aligned: bool = True,
 ) -> LoRATile:
     """Return how a LoRA product runs.
 
@@ -220,6 +236,7 @@ def lora_tile(
         tokens: M.
         rank: r.
         direction: "forward", "backward", or "masked" for a backward under dropout.
+        aligned: whether sizes, strides and addresses of x and w allow unmasked asynchronous copies.
     """
     table = _table(device, dtype)
     shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
@@ -229,6 +246,8 @@ def lora_tile(
     if direction != "forward" and shape_class == "large":
         shape_class = direction
     tile = table[shape_class + ("+" if rank > 16 else "")]
+    if not aligned and device.type == "cuda":
+        tile = _UNALIGNED_TF32 if dtype == torch.float32 else _UNALIGNED
     exact = dtype == torch.float32 and device.type == "cuda" and precision(dtype, device) == "ieee"
     variant = _forced or ("split" if exact else tile.variant)
     if variant == "recompute" and (rank > 32 or direction == "masked"):
@@ -242,12 +261,17 @@ def low_rank_tile(device: torch.device, dtype: torch.dtype) -> LoRATile:
     """Return the tile of the launch that computes s alone."""
     if device.type != "cuda":
         return _INTERPRETED
-    return LOW_RANK_TILE_32BIT if dtype == torch.float32 else LOW_RANK_TILE
+    if dtype != torch.float32:
+        return LOW_RANK_TILE
+    return LOW_RANK_TILE_32BIT if precision(dtype, device) == "tf32" else LOW_RANK_TILE_EXACT
 
 
 def reduction_tile(device: torch.device, dtype: torch.dtype, rank: int) -> ReductionTile:
     """Return the tile of the token-split gradient reduction."""
-    table = REDUCTION_TILES_32BIT if dtype == torch.float32 else REDUCTION_TILES
+    table = REDUCTION_TILES
+    if dtype == torch.float32:
+        exact = precision(dtype, device) == "ieee"
+        table = REDUCTION_TILES_EXACT if exact else REDUCTION_TILES_32BIT
     if device.type != "cuda":
         table = _REDUCTION_TILES_INTERPRETED
     return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
@@ -263,8 +287,11 @@ def lora_plan(
     dropout: bool,
 ) -> str:
     """Return how forward and backward of a LoRA call run, for ``explain``."""
-    forward = lora_tile(device, dtype, tokens, rank, "forward")
-    backward = lora_tile(device, dtype, tokens, rank, "masked" if dropout else "backward")
+    direction = "masked" if dropout else "backward"
+    even = in_features % 64 == out_features % 16 == 0
+    forward = lora_tile(device, dtype, tokens, rank, "forward", even)
+    even = out_features % 64 == in_features % 16 == 0
+    backward = lora_tile(device, dtype, tokens, rank, direction, even)
     return f"forward {forward}; backward {backward}"
 
 
@@ -274,6 +301,10 @@ def lora_cases() -> Iterator[tuple[str, str, str, LoRATile]]:
         for shape_class, tile in _LORA_16BIT[name].items():
             for dtype in ("bf16", "fp16"):
                 yield name, dtype, shape_class, tile
+        for suffix in ("", "+"):
+            yield name, "bf16", "unaligned" + suffix, _UNALIGNED
+            yield name, "fp16", "unaligned" + suffix, _UNALIGNED
+            yield name, "fp32", "unaligned" + suffix, _UNALIGNED_TF32
         for shape_class, tile in _LORA_TF32.items():
             yield name, "fp32", shape_class, tile
 

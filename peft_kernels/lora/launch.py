@@ -124,7 +124,9 @@ def lora_backward(
 def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
-    tile = tiles.lora_tile(x.device, x.dtype, tokens, operands.a.shape[0], operands.direction)
+    tile = tiles.lora_tile(
+        x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w)
+    )
     if tile.variant == "split":
         _split(operands, y)
         return
@@ -156,6 +158,13 @@ def _product(operands: _Operands, y: Tensor) -> None:
     counters = triton_runtime.counters(x.device, 2 + num_m)
     programs = min(num_tiles + num_m * num_r, _resident_programs(x.device))
     kernels._lora_ticket_kernel[(programs,)](**arguments, counters_ptr=counters)
+
+
+def _aligned(x: Tensor, w: Tensor) -> bool:
+    """Return whether x [M, K] and w [N, K] can be copied asynchronously, unmasked in K."""
+    sizes = (*w.shape, x.stride(0), *(stride for stride in w.stride() if stride != 1))
+    uneven = any(size % 16 for size in (*sizes, x.data_ptr(), w.data_ptr()))
+    return not uneven and x.shape[1] % 64 == 0
 
 
 def _resident_programs(device: torch.device) -> int:

@@ -37,13 +37,15 @@ def product(
     *,
     ragged: bool = False,
     scale_is_pointer: bool = False,
+    even_k: bool = True,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of a ticket or recompute launch."""
     types = _typed(_PRODUCT, dtype)
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": not ragged,
-        "DROPOUT": dropout, "HAS_BIAS": direction == "forward", "SCALE_IS_POINTER": scale_is_pointer,
+        "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": even_k and not ragged,
+        "DROPOUT": dropout, "HAS_BIAS": direction == "forward",
+        "SCALE_IS_POINTER": scale_is_pointer,
         "PRECISION": "tf32",
     }  # fmt: skip
     if scale_is_pointer:

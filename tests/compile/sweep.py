@@ -28,6 +28,7 @@ _LAUNCHES = {
     "large": (("forward", 0), ("forward", 1)),
     "backward": (("backward", 0),),
     "masked": (("backward", 2),),
+    "unaligned": (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 2)),
 }
 # Dropout, splits, scale (1 a number, 2 learned, 3 by channel) and groups of adapter gradients.
 _ADAPTER_REDUCTIONS = (
@@ -69,15 +70,17 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
         rank = 64 if shape_class.endswith("+") else 16
         for direction, dropout in _LAUNCHES[shape_class.removesuffix("+")]:
             name = f"{shape_class} {direction} dropout{dropout} r{rank} {tile}"
-            source = lora_sources.product(dtype, tile, rank, direction, dropout)
-            yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
-            # Under torch.compile the scale is a tensor; K and strides need be multiples of nothing.
-            if dropout == 0 and direction == "forward":
-                source = lora_sources.product(
-                    dtype, tile, rank, direction, dropout, ragged=True, scale_is_pointer=True
-                )
-                name += " ragged, scale in a tensor"
-                yield Case(name, kernel, source, tile.num_warps, tile.num_stages, False)
+            ragged = shape_class.startswith("unaligned")
+            # Under torch.compile the scale is a tensor.
+            source = lora_sources.product(
+                dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
+            )
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
+            if tile.block_k > 64:
+                # Alignment promises no more than a multiple of 64.
+                source = lora_sources.product(dtype, tile, rank, direction, dropout, even_k=False)
+                name += " masked in K"
+                yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
 
 
 def _low_ranks(dtype: str) -> Iterator[Case]:
@@ -97,15 +100,16 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
         yield Case(name, "_masked_update_kernel", source, tile.num_warps, tile.num_stages, False)
         if dtype == "fp32":
             # PyTorch's default precision, in which products are exact and off the tensor cores.
-            source = lora_sources.low_rank(dtype, tile, rank, 1, precision="ieee")
+            exact = tiles.LOW_RANK_TILE_EXACT
+            source = lora_sources.low_rank(dtype, exact, rank, 1, precision="ieee")
             yield Case(
-                f"low_rank exact r{rank}", "_low_rank_kernel", source, tile.num_warps,
-                tile.num_stages, products=False,
+                f"low_rank exact r{rank}", "_low_rank_kernel", source, exact.num_warps,
+                exact.num_stages, products=False,
             )  # fmt: skip
-            source = lora_sources.masked_update(dtype, tile, rank, "ieee")
+            source = lora_sources.masked_update(dtype, exact, rank, "ieee")
             yield Case(
-                f"masked_update exact r{rank}", "_masked_update_kernel", source, tile.num_warps,
-                tile.num_stages, False, products=False,
+                f"masked_update exact r{rank}", "_masked_update_kernel", source, exact.num_warps,
+                exact.num_stages, False, products=False,
             )  # fmt: skip
 
 
@@ -117,11 +121,13 @@ def _reductions(dtype: str) -> Iterator[Case]:
                 source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
-        if dtype == "fp32":
-            source = reduction_sources.lora(dtype, tile, True, 8, "ieee")
+    for tile in dict.fromkeys(tiles.REDUCTION_TILES_EXACT.values()) if dtype == "fp32" else ():
+        for splits in (1, 8):
+            source = reduction_sources.lora(dtype, tile, True, splits, "ieee")
+            name = f"reduction exact r{tile.block_r} splits{splits}"
             yield Case(
-                f"reduction exact r{tile.block_r}", "_token_reduction_kernel", source,
-                tile.num_warps, tile.num_stages, products=False,
+                name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages,
+                products=False,
             )  # fmt: skip
 
 
