@@ -23,7 +23,7 @@ def png(rows: Sequence[Row], device: str, backend: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 5))
+    figure = Figure(figsize=(16, 5))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.15)
     losses, accuracy, saved = figure.subplots(1, 3)
@@ -84,7 +84,7 @@ def _bars(
     for index, (name, (color, values)) in enumerate(series.items()):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(rows))]
         bars = axes.bar(places, values, width * 0.92, color=color, label=name)
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(rows)), [row.name for row in rows])
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_xticks(range(len(rows)), [row.name.replace(", ", "\n") for row in rows], fontsize=8)
     axes.set_ylabel(label)
     axes.legend(frameon=False, ncols=len(series), loc="upper center")
