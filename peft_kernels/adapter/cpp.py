@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import extension
+from peft_kernels.core.operands import as_served, pointer
 from peft_kernels.core.rng import drop_threshold
 
 # In the order of ``enum class Activation`` in csrc/cpu/activation.h.
@@ -15,13 +16,6 @@ ACTIVATIONS = (
     "identity", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "sigmoid",
     "leaky_relu", "relu6", "mish",
 )  # fmt: skip
-
-
-def why_not(dtype: torch.dtype) -> str | None:
-    """Return the reason against this backend for a dtype, or None."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"serves float32 and bfloat16: cast {str(dtype).removeprefix('torch.')} to one"
-    return extension.why_not()
 
 
 def forward(
@@ -41,7 +35,7 @@ def forward(
     """Write y [M, D] and pre [M, r]."""
     call = _call(x, down, up, up_bias, scale, activation, seed, dropout_p, pre)
     extension.load().adapter_forward(
-        call, _pointer(down_bias), _pointer(residual),
+        call, pointer(down_bias), pointer(residual),
         0 if residual is None else residual.stride(0), y.data_ptr(),
     )  # fmt: skip
 
@@ -68,12 +62,12 @@ def backward(
 ) -> None:
     """Write the gradients that are not None; d_scale is float32 of 1 or D elements, as scale is."""
     gradients = (d_down, d_up, d_down_bias, d_up_bias)
-    served = [None if each is None else _as_served(each) for each in gradients]
+    served = [None if each is None else as_served(each) for each in gradients]
     call = _call(x, down, up, up_bias, scale, activation, seed, dropout_p, pre)
     extension.load().adapter_backward(
-        call, dy.data_ptr(), dy.stride(0), input_residual, _pointer(dx),
-        *(part for each in served for part in (_pointer(each), _is_bfloat16(each))),
-        _pointer(d_scale),
+        call, dy.data_ptr(), dy.stride(0), input_residual, pointer(dx),
+        *(part for each in served for part in (pointer(each), _is_bfloat16(each))),
+        pointer(d_scale),
     )  # fmt: skip
     for gradient, written in zip(gradients, served, strict=True):
         if gradient is not None and written is not None and written is not gradient:
@@ -94,23 +88,12 @@ def _call(
     channels = scale if isinstance(scale, Tensor) and scale.numel() > 1 else None
     return extension.load().AdapterCall(
         x.dtype == torch.bfloat16, *x.shape, down.shape[0], x.data_ptr(), x.stride(0),
-        down.data_ptr(), up.data_ptr(), _pointer(up_bias),
-        1.0 if channels is not None else float(scale), _pointer(channels),
-        ACTIVATIONS.index(activation), _pointer(seed), drop_threshold(dropout_p),
+        down.data_ptr(), up.data_ptr(), pointer(up_bias),
+        1.0 if channels is not None else float(scale), pointer(channels),
+        ACTIVATIONS.index(activation), pointer(seed), drop_threshold(dropout_p),
         1.0 / (1.0 - dropout_p), pre.data_ptr(),
     )  # fmt: skip
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _is_bfloat16(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dtype == torch.bfloat16
-
-
-def _as_served(gradient: Tensor) -> Tensor:
-    """Return a gradient that ``_C`` can write: float64 and float16 parameters get a float32 one."""
-    if gradient.dtype in (torch.float32, torch.bfloat16):
-        return gradient
-    return torch.empty_like(gradient, dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_kernels.adapter import cpp, reference, reference_grouped
 from peft_kernels.core import backend as backends
-from peft_kernels.core import triton_runtime
+from peft_kernels.core import extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, narrow, packed, rows, widen
 
@@ -53,7 +53,7 @@ def _triton_plan(spec: AdapterSpec) -> str:
 
 
 def _cpp_why_not(spec: AdapterSpec) -> str | None:
-    return cpp.why_not(spec.dtype)
+    return extension.why_not_products(spec.dtype)
 
 
 ADAPTER = backends.Op(

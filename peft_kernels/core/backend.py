@@ -131,7 +131,9 @@ def demanded(backend: str | None) -> str | None:
 # os.environ.get raises and catches twice for a name that is not set: more host time than the choice
 # itself. The mapping beneath it, where Python has one, is asked first.
 _environment: Any = getattr(os.environ, "_data", os.environ)
-_DEMAND: Any = os.environ.encodekey("PEFT_KERNELS_BACKEND")
+_DEMAND: Any = "PEFT_KERNELS_BACKEND"
+if _environment is not os.environ:
+    _DEMAND = os.environ.encodekey(_DEMAND)
 
 
 def select(op: Op, spec: Any, backend: str | None = None) -> Backend:

@@ -7,6 +7,8 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from peft_kernels.version import __version__
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peft_kernels"
@@ -37,6 +39,13 @@ def _import() -> tuple[ModuleType | None, str | None]:
 def why_not() -> str | None:
     """Return the reason why ``_C`` cannot be used, or None."""
     return _import()[1]
+
+
+def why_not_products(dtype: torch.dtype) -> str | None:
+    """Return the reason why ``_C`` cannot make a product in ``dtype``, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"serves float32 and bfloat16: cast {str(dtype).removeprefix('torch.')} to one"
+    return why_not()
 
 
 @functools.cache

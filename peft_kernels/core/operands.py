@@ -53,3 +53,15 @@ def gradient_of(value: Tensor) -> Tensor:
     """Return an output for the gradient of ``value``: packed, whatever the strides of ``value``."""
     # empty_like is the faster call where it gives that.
     return torch.empty_like(value) if value.is_contiguous() else value.new_empty(value.shape)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Return the address of a tensor's data for compiled code, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def as_served(gradient: Tensor) -> Tensor:
+    """Return a gradient that ``_C`` can write: a fresh float32 one for float64 and float16."""
+    if gradient.dtype in (torch.float32, torch.bfloat16):
+        return gradient
+    return torch.empty_like(gradient, dtype=torch.float32)

@@ -13,27 +13,17 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import extension
+from peft_kernels.core.operands import as_served, pointer
 from peft_kernels.core.rng import drop_threshold
 
 # Multiply-adds, and rows, up to which calling the GEMM library costs more than the product.
 _SMALL_PRODUCT, _FEW_ROWS = 1 << 15, 64
 
 
-def why_not(dtype: torch.dtype) -> str | None:
-    """Return the reason against this backend for a dtype, or None."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"serves float32 and bfloat16: cast {str(dtype).removeprefix('torch.')} to one"
-    return extension.why_not()
-
-
 @functools.lru_cache(maxsize=4096)
 def _is_small(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
     work = in_features * out_features + rank * (in_features + out_features)
     return tokens <= _FEW_ROWS and tokens * work <= _SMALL_PRODUCT
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def forward(
@@ -84,25 +74,18 @@ def backward(
     small = _is_small(tokens, in_features, out_features, rank) and weight.is_contiguous()
     if dx is not None and not small:
         torch.mm(dy, weight, out=dx)
-    a, b, c = wanted = [None if g is None else _as_served(g) for g in (da, db, dbias)]
+    a, b, c = wanted = [None if g is None else as_served(g) for g in (da, db, dbias)]
     extension.load().lora_backward(
         x.dtype == half, tokens, in_features, out_features, rank,
         dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), s.data_ptr(),
         lora_a.data_ptr(), lora_b.data_ptr(), weight.data_ptr() if small else 0,
-        float(scale) / (1.0 - dropout_p), _pointer(seed), drop_threshold(dropout_p), _pointer(dx),
-        _pointer(a), a is not None and a.dtype == half,
-        _pointer(b), b is not None and b.dtype == half,
-        _pointer(c), c is not None and c.dtype == half,
+        float(scale) / (1.0 - dropout_p), pointer(seed), drop_threshold(dropout_p), pointer(dx),
+        pointer(a), a is not None and a.dtype == half,
+        pointer(b), b is not None and b.dtype == half,
+        pointer(c), c is not None and c.dtype == half,
     )  # fmt: skip
     for gradient, served in zip((da, db, dbias), wanted, strict=True):
         if gradient is not None and served is not None and served is not gradient:
             gradient.copy_(served)
     if dweight is not None:
         torch.mm(dy.t(), x, out=dweight)
-
-
-def _as_served(gradient: Tensor) -> Tensor:
-    """Return a gradient that ``_C`` can write: float64 and float16 parameters get a float32 one."""
-    if gradient.dtype in (torch.float32, torch.bfloat16):
-        return gradient
-    return torch.empty_like(gradient, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import backend as backends
-from peft_kernels.core import triton_runtime
+from peft_kernels.core import extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, matrix, narrow, packed, rows, widen
 from peft_kernels.lora import cpp, reference
@@ -54,7 +54,7 @@ def _triton_plan(spec: LoRASpec) -> str:
 
 
 def _cpp_why_not(spec: LoRASpec) -> str | None:
-    return cpp.why_not(spec.dtype)
+    return extension.why_not_products(spec.dtype)
 
 
 LORA_LINEAR = backends.Op(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import extension
+from peft_kernels.core.operands import pointer
 from peft_kernels.prompt import mask_bits
 
 # As ``pk::Float`` in csrc/cpu/prompt.h numbers them.
@@ -15,10 +16,6 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 def why_not() -> str | None:
     """Return the reason against this backend, or None; it serves every dtype."""
     return extension.why_not()
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def forward(
@@ -43,10 +40,10 @@ def forward(
         input_ids.data_ptr(), input_ids.element_size(), weight.data_ptr(), weight.stride(0) * size,
         prompt.data_ptr(), prompt.stride(-2) * size,
         prompt.stride(0) * size if prompt.dim() == 3 else 0,
-        _pointer(mask), 0 if mask is None else mask.element_size(), one, significant,
-        _pointer(labels), 0 if labels is None else labels.element_size(), column,
-        embeddings.data_ptr(), _pointer(mask_out), _pointer(labels_out), positions.data_ptr(),
-        _pointer(columns),
+        pointer(mask), 0 if mask is None else mask.element_size(), one, significant,
+        pointer(labels), 0 if labels is None else labels.element_size(), column,
+        embeddings.data_ptr(), pointer(mask_out), pointer(labels_out), positions.data_ptr(),
+        pointer(columns),
     )  # fmt: skip
 
 
@@ -74,7 +71,7 @@ def backward(
     extension.load().prompt_backward(
         _TYPES[dy.dtype], _TYPES[dy.dtype if d_prompt is None else d_prompt.dtype],
         dy.shape[0], tokens, length, dy.shape[2],
-        dy.data_ptr(), dy.stride(0), dy.stride(1), _pointer(columns), column,
-        _pointer(d_prompt), d_prompt is not None and d_prompt.dim() == 3,
-        _pointer(ids), _pointer(order), padding_idx, _pointer(d_weight),
+        dy.data_ptr(), dy.stride(0), dy.stride(1), pointer(columns), column,
+        pointer(d_prompt), d_prompt is not None and d_prompt.dim() == 3,
+        pointer(ids), pointer(order), padding_idx, pointer(d_weight),
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def recorded(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         names.append(self.fn.__name__)
-        return run(self, *args, **kwargs)
+        # What the interpreter copies to and fro is no operation of the launcher's.
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", recorded)
     yield names

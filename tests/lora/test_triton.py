@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_kernels.core import rng, tiles, triton_runtime
 from tests.lora.problems import check, fused, problem, results
@@ -18,6 +19,22 @@ pytestmark = [
     ),
     pytest.mark.timeout(120),  # A wait on a flag that nobody sets would hang.
 ]
+
+ALLOCATIONS = {"aten.empty", "aten.empty_like", "aten.new_empty"}
+VIEWS = {"aten.t", "aten.view", "aten.transpose", "aten.detach"}
+
+
+class Operations(TorchDispatchMode):
+    """Records the name of every torch operation that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
 
 SHAPES = [
     pytest.param(1, 1, 1, 1, id="one-of-everything"),
@@ -129,12 +146,16 @@ def test_one_launch_forward_and_two_backward(
     inputs = given.inputs()
     inputs[1].requires_grad_(False)
     with tiles.forced_variant(kind):
-        y = fused(given, inputs, "triton")
+        with Operations() as forward:
+            y = fused(given, inputs, "triton")
         assert len(launches) == 1
         launches.clear()
-        y.backward(given.dy)
+        with Operations() as backward:
+            y.backward(given.dy)
     assert len(launches) == 2
     assert launches[1] == "_token_reduction_kernel"
+    # A library GEMM or an element-wise pass would be a launch as well.
+    assert forward.names | backward.names <= ALLOCATIONS | {"aten.zeros", *VIEWS}
 
 
 def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
