@@ -1,0 +1,65 @@
+"""Which tile a LoRA launch takes on a GPU; no GPU needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from peft_kernels.core import tiles, triton_runtime
+
+pytest.importorskip("triton")
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(triton_runtime, "capability", lambda index: (9, 0))
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 5000])
+@pytest.mark.parametrize("direction", ["forward", "backward", "masked"])
+def test_unaligned_operands_take_the_tile_that_is_compiled_for_them(
+    tokens: int, direction: str
+) -> None:
+    aligned = tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction)
+    unaligned = tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction, aligned=False)
+    compiled = {tile for _, _, name, tile in tiles.lora_cases() if name.startswith("unaligned")}
+    assert unaligned in compiled
+    assert aligned not in compiled
+
+
+def test_aligned_means_unmasked_copies_of_16_bytes() -> None:
+    from peft_kernels.lora.launch import _aligned
+
+    def operands(
+        *, depth: int = 128, columns: int = 48, width: int = 256
+    ) -> tuple[torch.Tensor, ...]:
+        return torch.empty(8, width, dtype=torch.bfloat16)[:, :depth], torch.empty(
+            columns, depth, dtype=torch.bfloat16
+        )
+
+    x, w = operands()
+    assert _aligned(x, w)
+    assert _aligned(x, w.t().contiguous().t())
+    assert not _aligned(*operands(depth=80)), "the last step over K is masked"
+    assert not _aligned(*operands(columns=40))
+    assert not _aligned(*operands(width=200)), "rows of x start anywhere"
+    shifted = torch.empty(8, 129, dtype=torch.bfloat16).flatten()[1 : 1 + 8 * 128].view(8, 128)
+    assert not _aligned(shifted, w), "the first row starts anywhere"
+
+
+def test_exact_float32_takes_the_library_and_tiles_of_its_own() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "split"
+    assert tiles.low_rank_tile(GPU, torch.float32) is tiles.LOW_RANK_TILE_EXACT
+    assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_EXACT[16]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "ticket"
+    assert tiles.low_rank_tile(GPU, torch.float32) is tiles.LOW_RANK_TILE_32BIT
+    assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_32BIT[16]
