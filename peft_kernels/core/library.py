@@ -45,12 +45,16 @@ def out_variant_op(
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return ``function.apply`` for eager mode, without torch's preparations for torch.func.
 
-    They take a tenth of a small layer's host time on every call. Under a torch.func transform it is
-    ``function.apply`` itself, which refuses by its own error.
+    They take a tenth of a small layer's host time on every call. A torch.func transform is refused.
     """
     bare = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: object) -> Any:
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else bare(*args)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{function.__name__} does not support torch.func (grad, vmap, jvp and others): "
+                "differentiate with torch.autograd, and batch by leading dimensions"
+            )
+        return bare(*args)
 
     return apply

@@ -241,3 +241,9 @@ def test_gradients_arrive_in_a_deep_copied_model() -> None:
     layer = copy.deepcopy(LoRALinear(8, 6, r=2, lora_alpha=4))
     layer(torch.randn(3, 8)).sum().backward()
     assert layer.lora_B.grad is not None and layer.weight.grad is None
+
+
+def test_a_demand_that_cannot_be_met_raises_without_rows_too() -> None:
+    given = _arguments(x=torch.empty(0, 8), backend="cuda")
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        lora_linear(**given)
