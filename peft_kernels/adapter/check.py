@@ -68,40 +68,48 @@ def check_weights(
     up_bias: Tensor | None,
     *,
     grouped: bool = False,
-) -> None:
-    """Check x and the parameters of one adapter, or of E of them where ``grouped``."""
-    checks.check_tensor("x", x)
-    checks.check_tensor("down_weight", down_weight)
-    checks.check_tensor("up_weight", up_weight)
-    if x.dim() == 0:
+) -> bool:
+    """Check x and the parameters of one adapter, or of E of them where ``grouped``.
+
+    Returns whether all are plain tensors of one dtype on one device, see ``checks.uniform``.
+    """
+    plain = checks.uniform(x, down_weight, up_weight, down_bias, up_bias)
+    if not plain:
+        checks.check_tensor("x", x)
+        checks.check_tensor("down_weight", down_weight)
+        checks.check_tensor("up_weight", up_weight)
+    shape, down_shape, up_shape = x.shape, down_weight.shape, up_weight.shape
+    if not shape:
         raise ValueError("x must have shape [..., D], got a 0-d tensor")
-    lead = "E, " if grouped else ""
-    checks.check_ndim("down_weight", down_weight, 2 + grouped, f"[{lead}r, D]")
-    checks.check_ndim("up_weight", up_weight, 2 + grouped, f"[{lead}D, r]")
-    *count, bottleneck, features = down_weight.shape
-    if x.shape[-1] != features:
+    if not len(down_shape) == len(up_shape) == 2 + grouped:
+        lead = "E, " if grouped else ""
+        checks.check_ndim("down_weight", down_weight, 2 + grouped, f"[{lead}r, D]")
+        checks.check_ndim("up_weight", up_weight, 2 + grouped, f"[{lead}D, r]")
+    *count, bottleneck, features = down_shape
+    if shape[-1] != features:
         raise ValueError(
-            f"x must have shape [..., {features}] to fit down_weight "
-            f"{list(down_weight.shape)}, got {list(x.shape)}"
+            f"x must have shape [..., {features}] to fit down_weight {list(down_shape)}, "
+            f"got {list(shape)}"
         )
     if 0 in (bottleneck, features):
         raise ValueError(
-            f"down_weight must have at least one row and one column, got {list(down_weight.shape)}"
+            f"down_weight must have at least one row and one column, got {list(down_shape)}"
         )
-    wanted = [*count, features, bottleneck]
-    if list(up_weight.shape) != wanted:
+    if up_shape != (*count, features, bottleneck):
         raise ValueError(
-            f"up_weight must have shape {wanted} to fit down_weight {list(down_weight.shape)}, "
-            f"got {list(up_weight.shape)}"
+            f"up_weight must have shape {[*count, features, bottleneck]} to fit down_weight "
+            f"{list(down_shape)}, got {list(up_shape)}"
         )
     for name, bias, size in (
         ("down_bias", down_bias, bottleneck),
         ("up_bias", up_bias, features),
     ):
         if bias is not None:
-            checks.check_tensor(name, bias)
-            if list(bias.shape) != [*count, size]:
+            if not plain:
+                checks.check_tensor(name, bias)
+            if bias.shape != (*count, size):
                 raise ValueError(f"{name} must have shape {[*count, size]}, got {list(bias.shape)}")
+    return plain
 
 
 def check_dtypes(x: Tensor, residual: Tensor | None, **parameters: Tensor | None) -> torch.dtype:

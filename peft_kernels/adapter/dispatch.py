@@ -65,6 +65,7 @@ ADAPTER = backends.Op(
         backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
+    AdapterSpec,
 )
 
 
@@ -79,6 +80,7 @@ ADAPTER_GROUPED = backends.Op(
             "reference", reference_grouped.forward, reference_grouped.backward, lambda spec: None
         ),
     ),
+    AdapterSpec,
 )
 
 
@@ -124,7 +126,7 @@ def run_forward(
     (tokens, bottleneck), features = pre.shape, up.shape[-2]
     if not tokens:
         return
-    spec = AdapterSpec(x.device, dtype, tokens, features, bottleneck, seed is not None)
+    spec = (x.device, dtype, tokens, features, bottleneck, seed is not None)
     x = rows(x, dtype)
     if residual is not None:
         residual = rows(residual, dtype)
@@ -175,7 +177,7 @@ def run_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    spec = AdapterSpec(x.device, dtype, tokens, features, bottleneck, seed is not None)
+    spec = (x.device, dtype, tokens, features, bottleneck, seed is not None)
     # Under autocast x may be wider than what is computed in.
     dx_narrow = narrow(dx, dtype)
     backends.select(_op(index), spec, backend).backward(

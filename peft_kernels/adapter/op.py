@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from peft_kernels.adapter.dispatch import (
 )
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
+from peft_kernels.core.library import eager_apply
 from peft_kernels.core.operands import gradient_of
 
 
@@ -53,18 +55,21 @@ class AdapterFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         """Return y [..., D] in ``dtype``, the one that is computed in."""
-        y = x.new_empty(x.shape, dtype=dtype)
-        pre = x.new_empty((math.prod(x.shape[:-1]), down.shape[-2]), dtype=dtype)
+        shape = x.shape
+        like = x if x.dtype is dtype else x.new_empty(0, dtype=dtype)
+        # Sizes one by one: a tuple of them costs half as much again.
+        y = like.new_empty(*shape)
+        pre = like.new_empty(math.prod(shape[:-1]), down.shape[-2])
         adapter_forward(
             x, down, up, down_bias, up_bias, residual, input_residual, scale, activation, seed,
             dropout_p, backend, index, y, pre,
         )  # fmt: skip
         scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(x, down, up, down_bias, up_bias, pre, seed, scale_tensor, index)
-        ctx.scale = None if scale_tensor is not None else scale
-        ctx.input_residual, ctx.activation = input_residual, activation
-        ctx.dropout_p, ctx.backend = dropout_p, backend
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.options = (
+            None if scale_tensor is not None else scale, activation, dropout_p, backend,
+            input_residual, None if residual is None else residual.dtype,
+        )  # fmt: skip
         return y
 
     @staticmethod
@@ -74,6 +79,7 @@ class AdapterFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 14
         x, down, up, down_bias, up_bias, pre, seed, scale, index = ctx.saved_tensors
+        number, activation, dropout_p, backend, input_residual, residual_dtype = ctx.options
         need_x, need_down, need_up, need_b1, need_b2, need_residual, need_scale = (
             ctx.needs_input_grad[:7]
         )
@@ -88,19 +94,21 @@ class AdapterFunction(torch.autograd.Function):
         # Only the residual, a tensor of its own, may be what is trained below.
         if need_x or need_down or need_up or need_b1 or need_b2 or need_scale:
             adapter_backward(
-                dy, x, pre, down, up, down_bias, up_bias,
-                ctx.scale if scale is None else scale, ctx.activation, seed, ctx.dropout_p,
-                ctx.backend, index, ctx.input_residual,
+                dy, x, pre, down, up, down_bias, up_bias, number if scale is None else scale,
+                activation, seed, dropout_p, backend, index, input_residual,
                 dx, d_down, d_up, d_down_bias, d_up_bias, d_scale,
             )  # fmt: skip
         if d_scale is not None:
             d_scale = d_scale.to(scale.dtype).view(scale.shape)
         # The residual is added as it is: its gradient is dy, not a copy of it.
-        d_residual = dy.to(ctx.residual_dtype) if need_residual else None
+        d_residual = dy.to(residual_dtype) if need_residual else None
         return (
             dx, d_down, d_up, d_down_bias, d_up_bias, d_residual, d_scale,
             None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+_apply = eager_apply(AdapterFunction)
 
 
 def adapter(
@@ -207,15 +215,18 @@ def call(
     else:
         seed = rng.draw_seed(device) if seed is None else checks.check_seed(seed, device)
     # A tensor while tracing: a float would compile one graph per value.
-    if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
-        factor = torch.full((), factor, dtype=scale_dtype(dtype), device=device)
+    apply: Callable[..., Tensor] = _apply
+    if torch.compiler.is_compiling():
+        apply = AdapterFunction.apply
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, dtype=scale_dtype(dtype), device=device)
     arguments = (
         *others, factor, input_residual, activation, seed, dropout_p, backend, index, dtype,
     )  # fmt: skip
     if not checks.autocast_enabled(device):
-        return AdapterFunction.apply(*arguments)
+        return apply(*arguments)
     with torch.autocast(device.type, enabled=False):
-        return AdapterFunction.apply(*arguments)
+        return apply(*arguments)
 
 
 def _check(
@@ -231,12 +242,14 @@ def _check(
     backend: str | None,
 ) -> tuple[Tensor | None, float | Tensor, float, torch.dtype]:
     """Check a call; return the residual of its own, the scale, the probability and the dtype."""
-    check.check_weights(x, down_weight, up_weight, down_bias, up_bias)
+    plain = check.check_weights(x, down_weight, up_weight, down_bias, up_bias)
     check_activation(activation)
     own_residual = check.check_residual(residual, x)
     factor = check.check_scale(scale, x.shape[-1], x.device)
     probability = checks.check_probability("dropout_p", dropout_p)
     backends.check_backend_name(backend)
+    if plain and own_residual is None and not checks.autocast_enabled(x.device):
+        return None, factor, probability, x.dtype
     dtype = check.check_dtypes(
         x, own_residual, down_weight=down_weight, up_weight=up_weight, down_bias=down_bias,
         up_bias=up_bias,

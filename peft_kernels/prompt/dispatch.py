@@ -48,6 +48,7 @@ PROMPT_EMBEDDING = backends.Op(
         backends.Backend("cpp", cpp.forward, cpp.backward, lambda spec: cpp.why_not()),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
+    PromptSpec,
 )
 
 
@@ -91,7 +92,7 @@ def run_forward(
     """Choose a backend and write every output that is not None; see ``reference.forward``."""
     if input_ids.device.type == "cpu":
         check_ids(input_ids, weight.shape[0])
-    chosen = backends.select(PROMPT_EMBEDDING, PromptSpec(weight.device, weight.dtype), backend)
+    chosen = backends.select(PROMPT_EMBEDDING, (weight.device, weight.dtype), backend)
     if positions.numel() == 0:
         if columns is not None:
             columns.zero_()
@@ -127,7 +128,7 @@ def run_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    spec = PromptSpec(d_embeddings.device, d_embeddings.dtype)
+    spec = (d_embeddings.device, d_embeddings.dtype)
     backends.select(PROMPT_EMBEDDING, spec, backend).backward(
         _unit_inner(d_embeddings),
         _packed(input_ids),

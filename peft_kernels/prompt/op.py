@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
+from peft_kernels.core.library import eager_apply
 from peft_kernels.prompt.dispatch import (
     PROMPT_EMBEDDING,
     PromptSpec,
@@ -65,23 +66,23 @@ class PromptEmbeddingFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Return embeddings, mask, labels and positions; ``scan`` finds the column in the mask."""
         batch, tokens = input_ids.shape
-        size = (batch, prompt.shape[-2] + tokens)
-        embeddings = weight.new_empty((*size, weight.shape[1]))
-        mask_out = None if mask is None else mask.new_empty(size)
-        labels_out = None if labels is None else labels.new_empty(size)
-        positions = input_ids.new_empty(size, dtype=torch.int64)
+        columns_out = prompt.shape[-2] + tokens
+        # Sizes one by one: a tuple of them costs half as much again.
+        embeddings = weight.new_empty(batch, columns_out, weight.shape[1])
+        mask_out = None if mask is None else mask.new_empty(batch, columns_out)
+        labels_out = None if labels is None else labels.new_empty(batch, columns_out)
+        positions = input_ids.new_empty(batch, columns_out, dtype=torch.int64)
         columns = input_ids.new_empty(batch, dtype=torch.int64) if scan else None
         prompt_forward(
             input_ids, weight, prompt, mask, labels, column, backend,
             embeddings, mask_out, labels_out, positions, columns,
         )  # fmt: skip
         ctx.save_for_backward(columns, input_ids if ctx.needs_input_grad[1] else None)
-        ctx.prompt_like = prompt.shape, prompt.dtype
-        ctx.weight_shape = weight.shape
-        ctx.column, ctx.padding_idx, ctx.backend = column, padding_idx, backend
+        ctx.like = prompt.shape, prompt.dtype, weight.shape
+        ctx.options = column, padding_idx, backend
         ctx.set_materialize_grads(False)
-        beside = (mask_out, labels_out, positions)
-        ctx.mark_non_differentiable(*(t for t in beside if t is not None))
+        if mask_out is not None and mask_out.is_floating_point():  # integers never are
+            ctx.mark_non_differentiable(mask_out)
         return embeddings, mask_out, labels_out, positions
 
     @staticmethod
@@ -92,14 +93,14 @@ class PromptEmbeddingFunction(torch.autograd.Function):
             return (None,) * 9
         columns, input_ids = ctx.saved_tensors
         need_prompt, need_weight = ctx.needs_input_grad[:2]
-        shape, dtype = ctx.prompt_like
+        shape, dtype, weight_shape = ctx.like
         d_prompt = d_embeddings.new_empty(shape, dtype=dtype) if need_prompt else None
-        d_weight = d_embeddings.new_empty(ctx.weight_shape) if need_weight else None
-        prompt_backward(
-            d_embeddings, input_ids, columns, ctx.column, ctx.padding_idx, ctx.backend,
-            d_prompt, d_weight,
-        )  # fmt: skip
+        d_weight = d_embeddings.new_empty(weight_shape) if need_weight else None
+        prompt_backward(d_embeddings, input_ids, columns, *ctx.options, d_prompt, d_weight)
         return d_prompt, d_weight, None, None, None, None, None, None, None
+
+
+_apply = eager_apply(PromptEmbeddingFunction)
 
 
 def prompt_embedding(
@@ -173,7 +174,8 @@ def prompt_embedding(
     column, scan = _column(position, input_ids.shape[1], attention_mask)
     row = _padding_row(padding_idx, embedding_weight.shape[0])
     backends.check_backend_name(backend)
-    embeddings, mask, new_labels, positions = PromptEmbeddingFunction.apply(
+    apply = PromptEmbeddingFunction.apply if torch.compiler.is_compiling() else _apply
+    embeddings, mask, new_labels, positions = apply(
         prompt, embedding_weight, input_ids, attention_mask, labels, column, scan, row, backend
     )
     return PromptOutput(embeddings, mask, new_labels, positions)
@@ -187,8 +189,9 @@ def _check(
     labels: Tensor | None,
 ) -> None:
     checks.check_integers("input_ids", input_ids, _INTEGERS)
-    checks.check_tensor("embedding_weight", weight)
-    checks.check_tensor("prompt", prompt)
+    if not checks.uniform(weight, prompt):
+        checks.check_tensor("embedding_weight", weight)
+        checks.check_tensor("prompt", prompt)
     checks.check_ndim("input_ids", input_ids, 2, "[B, S]")
     checks.check_ndim("embedding_weight", weight, 2, "[V, D]")
     batch, width = input_ids.shape[0], weight.shape[1]
