@@ -161,7 +161,7 @@ def adapter_backward(
             Factor(x, dpre, None if d_down is None else d_down.transpose(-1, -2)),
             Factor(dy, hidden, d_up),
             d_up_bias,
-            adapter_tiles.reduction_tile(x.device, x.dtype, pre.shape[1]),
+            adapter_tiles.reduction_tile(x.device, x.dtype, x.shape[1], pre.shape[1]),
             seed=seed,
             dropout_p=dropout_p,
             precision=tiles.precision(x.dtype, x.device),

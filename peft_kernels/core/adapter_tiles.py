@@ -136,6 +136,9 @@ _REDUCTION_TILES_32BIT_COMPACT = _REDUCTION_TILES_32BIT | {
     32: ReductionTile(32, 32, 32, 4, 2),
     64: ReductionTile(32, 32, 32, 4, 2),
 }
+# Where D is no multiple of 16.
+_REDUCTION_TILE_UNALIGNED = ReductionTile(32, 64, 32, 8, 2)
+_REDUCTION_TILES_UNALIGNED = {"sm_100": ReductionTile(32, 32, 16, 4, 1)}
 
 FEW_TOKENS = 4096
 
@@ -194,10 +197,19 @@ def reduction_tiles(name: str, width: str) -> dict[int, ReductionTile]:
     return _REDUCTION_TILES_COMPACT if compact else _REDUCTION_TILES
 
 
-def reduction_tile(device: torch.device, dtype: torch.dtype, bottleneck: int) -> ReductionTile:
+def unaligned_reduction_tile(name: str) -> ReductionTile:
+    """Return a family's tile of the reduction where D is no multiple of 16."""
+    return _REDUCTION_TILES_UNALIGNED.get(name, _REDUCTION_TILE_UNALIGNED)
+
+
+def reduction_tile(
+    device: torch.device, dtype: torch.dtype, features: int, bottleneck: int
+) -> ReductionTile:
     """Return the tile of the token-split reduction of the parameters' gradients."""
     if device.type != "cuda":
         return tiles.reduction_tile(device, dtype, bottleneck)
+    if features % 16:
+        return unaligned_reduction_tile(tiles.family(device))
     table = reduction_tiles(tiles.family(device), "fp32" if dtype == torch.float32 else "16bit")
     return table[16 if bottleneck <= 16 else 32 if bottleneck <= 32 else 64]
 

@@ -24,25 +24,44 @@ _RAGGED = {
 }  # fmt: skip
 
 
+# Where the features are no multiple of 16.
+_UNALIGNED = {"C0", "C1", "stride_v0m", "stride_v1m"}
+
+
 def lora(
-    dtype: str, tile: ReductionTile, dropout: bool, splits: int, precision: str = "tf32"
+    dtype: str,
+    tile: ReductionTile,
+    dropout: bool,
+    splits: int,
+    precision: str = "tf32",
+    *,
+    unaligned: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the gradients of LoRA's factors."""
-    return _source(dtype, tile, DROPOUT=0 if dropout else -1, SPLITS=splits, PRECISION=precision)
+    return _source(
+        dtype, tile, unaligned, DROPOUT=0 if dropout else -1, SPLITS=splits, PRECISION=precision
+    )
 
 
 def adapter(
-    dtype: str, tile: ReductionTile, dropout: bool, splits: int, scale: int, grouped: bool
+    dtype: str,
+    tile: ReductionTile,
+    dropout: bool,
+    splits: int,
+    scale: int,
+    grouped: bool,
+    *,
+    unaligned: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of the gradients of an adapter's parameters."""
     return _source(
-        dtype, tile, DROPOUT=1 if dropout else -1, SPLITS=splits, LOWSUM=True, SCALE=scale,
-        SCALE_GRAD=max(0, scale - 1), HAS_BIAS=True, GROUPED=grouped,
+        dtype, tile, unaligned, DROPOUT=1 if dropout else -1, SPLITS=splits, LOWSUM=True,
+        SCALE=scale, SCALE_GRAD=max(0, scale - 1), HAS_BIAS=True, GROUPED=grouped,
     )  # fmt: skip
 
 
 def _source(
-    dtype: str, tile: ReductionTile, **changes: Any
+    dtype: str, tile: ReductionTile, unaligned: bool, **changes: Any
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     types = {name: kind.format(t=dtype) for name, kind in _TYPES.items()}
     constants = {
@@ -54,4 +73,4 @@ def _source(
     constants |= changes
     if constants["SCALE"] > 1:
         types["scale"] = "*fp32"
-    return types, constants, frozenset(set(types) - _RAGGED)
+    return types, constants, frozenset(set(types) - _RAGGED - (_UNALIGNED if unaligned else set()))

@@ -121,6 +121,9 @@ def _reductions(dtype: str) -> Iterator[Case]:
                 source = reduction_sources.lora(dtype, tile, dropout, splits)
                 name = f"reduction dropout{int(dropout)} r{tile.block_r} splits{splits}"
                 yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+        source = reduction_sources.lora(dtype, tile, True, 8, unaligned=True)
+        name = f"reduction unaligned r{tile.block_r}"
+        yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
     for tile in dict.fromkeys(tiles.REDUCTION_TILES_EXACT.values()) if dtype == "fp32" else ():
         for splits in (1, 8):
             source = reduction_sources.lora(dtype, tile, True, splits, "ieee")
@@ -139,6 +142,15 @@ def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
             name = f"adapter reduction dropout{int(dropout)} r{tile.block_r} splits{splits} "
             name += f"scale{scale}" + " grouped" * grouped
             yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+    # Loads that no alignment promises anything about cannot be asynchronous copies.
+    tile = adapter_tiles.unaligned_reduction_tile(family)
+    for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
+        source = reduction_sources.adapter(
+            dtype, tile, dropout, splits, scale, grouped, unaligned=True
+        )
+        name = f"adapter reduction unaligned dropout{int(dropout)} splits{splits} scale{scale}"
+        name += " grouped" * grouped
+        yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
 
 
 def _adapters(family: str, dtype: str) -> Iterator[Case]:
