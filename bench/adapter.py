@@ -1,85 +1,132 @@
-"""The bottleneck adapter, measured: cases, providers, the numerics gate, and a table.
-
-``python -m bench.adapter`` prints a line per case and direction: least times of all providers in
-turn, and eager's over the package's. ``pytest bench/test_adapter_benchmark.py --benchmark-only``
-puts the same providers into pytest-benchmark's tables.
-"""
+"""The bottleneck adapter, for every benchmark: cases, providers, what is right, what is asked."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gate import FACTOR, results
-from bench.measure import wall_times
-from bench.memory import saved_bytes
-from peft_kernels import adapter, explain
+from bench.method import (
+    BOTH,
+    COMPILED,
+    CPU,
+    DIRECTIONS,
+    DRY,
+    FORWARD,
+    GPU,
+    HOST,
+    MAIN,
+    MEMORY,
+    OURS,
+    SHORT,
+    Case,
+    Expected,
+    Forward,
+    Method,
+    Provider,
+    Target,
+    packaged,
+    results,
+    roofline,
+    speed_up,
+)
+from bench.roofline import Work
+from peft_kernels import adapter
 from peft_kernels.core.rng import dropout_mask
 
-FORWARD, BOTH = "forward", "forward+backward"
-DIRECTIONS = (FORWARD, BOTH)
-OTHER_ORDERS = 4
+# Of eager's sums: where all errors come of a handful of sums, a few orders say little.
+OTHER_ORDERS, OTHER_ORDERS_OF_SMALL, SMALL = 4, 24, 1 << 13
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
-class AdapterCase:
+class AdapterCase(Case):
     """One adapter: x [tokens, features] through a bottleneck and back, residual x.
 
     Attributes:
-        name: unique; what tables show.
-        tokens: M.
-        features: D.
+        name: as in ``Case``, like suite and reported.
+        dtype: of every tensor.
         bottleneck: r.
         activation: "relu" or "gelu".
         dropout_p: drop probability of the branch.
-        dtype: of every tensor, as torch spells it.
     """
 
+    op: ClassVar[str] = "adapter"
     name: str
+    suite: str
     tokens: int
     features: int
-    bottleneck: int
-    activation: str
-    dropout_p: float
-    dtype: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+    bottleneck: int = 64
+    activation: str = "relu"
+    dropout_p: float = 0.0
+    dtype: str = "bfloat16"
+    reported: bool = False
 
 
 def _case(
-    tokens: int, features: int, bottleneck: int, activation: str, p: float, dtype: str
-) -> AdapterCase:
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    name = f"adapter {tokens}x{features} r{bottleneck} {activation} {short} p{p:g}"
-    return AdapterCase(name, tokens, features, bottleneck, activation, p, dtype)
+    suite: str, tokens: int, features: int, bottleneck: int, activation: str, p: float, dtype: str,
+    reported: bool = False,
+) -> AdapterCase:  # fmt: skip
+    place = {HOST: "host ", MEMORY: "saved ", DRY: "dry "}.get(suite, "")
+    name = (
+        f"{place}adapter {tokens}x{features} r{bottleneck} {activation} {SHORT[dtype]} "
+        f"p{p:g}".removesuffix(" p0")
+    )
+    return AdapterCase(name, suite, tokens, features, bottleneck, activation, p, dtype, reported)
 
 
-CPU_CASES = tuple(
-    _case(4096, features, 64, activation, p, dtype)
-    for features in (768, 2048, 4096)
-    for dtype in ("bfloat16", "float32")
-    for activation, p in (("relu", 0.0), ("gelu", 0.0), ("relu", 0.1))
-)
-GPU_CASES = tuple(
-    _case(16384, features, bottleneck, "gelu", p, "bfloat16")
+_KINDS = (("relu", 0.0), ("gelu", 0.0), ("relu", 0.1))
+_GPU_GRID = tuple(
+    (features, bottleneck, p)
     for features in (768, 1024, 2048, 4096, 8192)
     for bottleneck in (16, 48, 64, 128)
     for p in (0.0, 0.1)
 )
-TINY_CASES = tuple(_case(24, 40, 8, "gelu", p, "float32") for p in (0.0, 0.1))
+_REPORTED = {
+    (768, 16, 0.0), (768, 64, 0.0), (2048, 64, 0.0), (2048, 64, 0.1), (4096, 64, 0.0),
+    (4096, 128, 0.0), (8192, 16, 0.0), (8192, 128, 0.0),
+}  # fmt: skip
+CASES = (
+    *(
+        _case(CPU, 4096, features, 64, activation, p, dtype)
+        for features in (768, 2048, 4096)
+        for dtype in ("bfloat16", "float32")
+        for activation, p in (_KINDS if features == 2048 else _KINDS[:1])
+    ),
+    _case(HOST, 1, 64, 8, "relu", 0.0, "float32"),
+    *(
+        _case(MEMORY, 4096, 2048, 128, activation, p, "bfloat16")
+        for activation, p in (("relu", 0.0), ("gelu", 0.0), ("gelu", 0.1))
+    ),
+    *(
+        _case(GPU, 16384, d, r, "relu", p, "bfloat16", (d, r, p) in _REPORTED)
+        for d, r, p in _GPU_GRID
+    ),
+    # float32, because Triton's interpreter computes bfloat16 wrongly.
+    _case(DRY, 40, 48, 8, "relu", 0.0, "float32", True),
+    _case(DRY, 33, 40, 5, "gelu", 0.1, "float32", True),
+)
+
+
+def quick(case: AdapterCase) -> AdapterCase:
+    """Return ``case`` cut to a size that proves the code runs and measures nothing."""
+    return replace(
+        case,
+        name=f"quick {case.name}",
+        tokens=min(case.tokens, 24),
+        features=min(case.features, 40),
+        bottleneck=min(case.bottleneck, 8),
+    )
+
+
+def input_bytes(case: AdapterCase) -> int:
+    """Return the bytes of x."""
+    return case.tokens * case.features * case.torch_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -92,8 +139,24 @@ class AdapterProblem:
     seed: Tensor  # int64 [1]
     scale: float = 1.0
 
+    @property
+    def alive(self) -> tuple[Tensor, ...]:
+        """x, which the layer before or after holds, and the parameters."""
+        return self.tensors
 
-def make_problem(case: AdapterCase, device: torch.device, seed: int = 0) -> AdapterProblem:
+    def leaves(self, frozen: bool) -> dict[str, Tensor]:
+        """Return what gradients are taken of."""
+        names = ("x", "down", "up", "down_bias", "up_bias")
+        return dict(zip(names, self.tensors, strict=True))
+
+    def keep_mask(self) -> Tensor | None:
+        """Return the dropout mask that ``seed`` stands for, bool [M, D]; None without dropout."""
+        if self.case.dropout_p == 0.0:
+            return None
+        return dropout_mask(self.seed, *self.dy.shape, self.case.dropout_p)
+
+
+def make_problem(case: AdapterCase, device: str | torch.device, seed: int = 0) -> AdapterProblem:
     """Return the tensors of ``case``, the same ones for the same seed; y is of order one."""
     generator = torch.Generator(device=device).manual_seed(seed)
     tokens, features, bottleneck = case.tokens, case.features, case.bottleneck
@@ -128,137 +191,142 @@ def eager_adapter(
     return x + branch * scale if scale != 1.0 else x + branch
 
 
-Forward = Callable[[AdapterProblem, Tensor | None], Callable[[], Tensor]]
+def _call(function: Callable[..., Tensor], given: AdapterProblem, keep: Tensor | None) -> Forward:
+    case = given.case
+    return lambda: function(*given.tensors, case.activation, given.scale, case.dropout_p, keep)
 
 
-def _eager(problem: AdapterProblem, keep: Tensor | None) -> Callable[[], Tensor]:
-    each = problem.case
-    return lambda: eager_adapter(
-        *problem.tensors, each.activation, problem.scale, each.dropout_p, keep
-    )
+def _eager(problem: AdapterProblem, keep: Tensor | None) -> Forward:
+    return _call(eager_adapter, problem, keep)
 
 
-def _compiled(problem: AdapterProblem, keep: Tensor | None) -> Callable[[], Tensor]:
+def _compiled(problem: AdapterProblem, keep: Tensor | None) -> Forward:
+    # Compiled graphs of other shapes count towards dynamo's limit of recompilations.
     torch._dynamo.reset()
-    compiled, each = torch.compile(eager_adapter, dynamic=False), problem.case
-    return lambda: compiled(*problem.tensors, each.activation, problem.scale, each.dropout_p, keep)
+    return _call(torch.compile(eager_adapter, dynamic=False), problem, keep)
 
 
-def _fused(problem: AdapterProblem, keep: Tensor | None) -> Callable[[], Tensor]:
-    each, seed = problem.case, None if keep is None else problem.seed
-    return lambda: adapter(
-        *problem.tensors, activation=each.activation, scale=problem.scale,
-        dropout_p=each.dropout_p, seed=seed,
-    )  # fmt: skip
+def fused(backend: str | None = None) -> Provider:
+    """Return the provider of ``adapter`` on a backend (None: the best)."""
+
+    def arguments(
+        problem: AdapterProblem, keep: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        case = problem.case
+        return problem.tensors, {
+            "activation": case.activation, "scale": problem.scale, "dropout_p": case.dropout_p,
+            "seed": None if keep is None else problem.seed,
+        }  # fmt: skip
+
+    return packaged(adapter, arguments, backend)
 
 
-PROVIDERS: dict[str, Forward] = {"eager": _eager, "compile": _compiled, "fused": _fused}
+EAGER = Provider("eager", _eager)
+FUSED = fused()
 
 
-def call_of(name: str, problem: AdapterProblem, direction: str) -> Callable[[], object]:
-    """Return what is timed: forward, or that and all five gradients."""
-    forward = PROVIDERS[name](problem, None)
-    if direction == FORWARD:
-        return forward
-    return lambda: torch.autograd.grad(forward(), problem.tensors, problem.dy)
-
-
-def failure(name: str, problem: AdapterProblem) -> str | None:
-    """Return what is wrong with a provider's numbers by the 1.5x rule, or None.
-
-    Every result is compared with float64, in the Frobenius norm and by the largest element.
-    """
+def _reordered(problem: AdapterProblem, keep: Tensor | None, order: int) -> dict[str, Tensor]:
+    """Return eager's results, all sums added in another order: one order alone is luck."""
+    generator = torch.Generator().manual_seed(order)
     case = problem.case
-    keep = None
-    if case.dropout_p:
-        keep = dropout_mask(problem.seed, case.tokens, case.features, case.dropout_p)
-    names = ("x", "down", "up", "down_bias", "up_bias")
+    tokens, inner, low = (
+        torch.randperm(size, generator=generator).to(problem.dy.device)
+        for size in (case.tokens, case.features, case.bottleneck)
+    )
+    places = ((tokens, inner), (low, inner), (inner, low), (low,), (inner,))
 
-    def run(call: Callable[[], Tensor], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        dy = problem.dy.to(tensors[0].dtype)
-        return results(call(), dy, dict(zip(names, tensors, strict=True)))
+    def ordered(value: Tensor, place: tuple[Tensor, ...], back: bool = False) -> Tensor:
+        for dim, index in enumerate(place):
+            value = value.index_select(dim, index.argsort() if back else index)
+        return value
 
-    def reordered(order: int) -> dict[str, Tensor]:
-        """Return eager's results, all sums added in another order: one order alone is luck."""
-        generator = torch.Generator().manual_seed(order)
-        sizes = (case.tokens, case.features, case.bottleneck)
-        tokens, inner, low = (
-            torch.randperm(size, generator=generator).to(problem.dy.device) for size in sizes
-        )
-        places = ((tokens, inner), (low, inner), (inner, low), (low,), (inner,))
-
-        def ordered(value: Tensor, place: tuple[Tensor, ...], back: bool = False) -> Tensor:
-            for dim, index in enumerate(place):
-                value = value.index_select(dim, index.argsort() if back else index)
-            return value
-
-        given = AdapterProblem(
-            case,
-            tuple(
-                ordered(value.detach(), place).requires_grad_()
-                for value, place in zip(problem.tensors, places, strict=True)
-            ),
-            ordered(problem.dy, places[0]), problem.seed, problem.scale,
-        )  # fmt: skip
-        mask = None if keep is None else ordered(keep, places[0])
-        y = _eager(given, mask)()
-        found = results(y, given.dy, dict(zip(names, given.tensors, strict=True)))
-        return {
-            key: ordered(value, place, back=True)
-            for (key, value), place in zip(found.items(), (places[0], *places), strict=True)
-        }
-
-    wide = tuple(t.detach().double().requires_grad_() for t in problem.tensors)
-    exact_call = _eager(AdapterProblem(case, wide, problem.dy, problem.seed, problem.scale), keep)
-    exact = run(exact_call, wide)
-    eager = [run(_eager(problem, keep), problem.tensors), *map(reordered, range(OTHER_ORDERS))]
-    found = run(PROVIDERS[name](problem, keep), problem.tensors)
-    unit = torch.finfo(case.torch_dtype).eps / 2
-    wrong = []
-    for key, truth in exact.items():
-        for norm in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-            allowed = FACTOR * max(norm(each[key].double() - truth) for each in eager)
-            allowed += unit * norm(truth)
-            error = norm(found[key].double() - truth)
-            if not error <= allowed:
-                wrong.append(f"{key} error {error:.2e} (bound {allowed:.2e})")
-    return "; ".join(wrong) or None
+    tensors = tuple(
+        ordered(value.detach(), place).requires_grad_()
+        for value, place in zip(problem.tensors, places, strict=True)
+    )
+    given = replace(problem, tensors=tensors, dy=ordered(problem.dy, places[0]))
+    mask = None if keep is None else ordered(keep, places[0])
+    found = results(_eager(given, mask)(), given.dy, given.leaves(False))
+    return {
+        name: ordered(value, place, back=True)
+        for (name, value), place in zip(found.items(), (places[0], *places), strict=True)
+    }
 
 
-def main(argv: list[str]) -> int:
-    """Print the table; 1 where a provider's numbers are wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.adapter", description=__doc__)
-    parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per case (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    options = parser.parse_args(argv)
-    cases = TINY_CASES if options.quick else CPU_CASES
-    status = 0
-    for case in cases:
-        if options.only not in case.name:
-            continue
-        problem = make_problem(case, torch.device("cpu"))
-        wrong = {name: failure(name, problem) for name in ("eager", "fused")}
-        if any(wrong.values()):
-            print(f"{case.name}: {wrong}")
-            status = 1
-            continue
-        plan = explain(adapter, *problem.tensors, dropout_p=case.dropout_p).backend
-        saved = {
-            name: saved_bytes(PROVIDERS[name](problem, None), problem.tensors) for name in wrong
-        }
-        for direction in DIRECTIONS:
-            calls = {name: call_of(name, problem, direction) for name in wrong}
-            times = wall_times(calls, options.seconds / 2)
-            eager, fused = times["eager"], times["fused"]
-            print(
-                f"{case.name:42} {direction:17} eager {eager.min_ms:8.2f} ms  {plan} "
-                f"{fused.min_ms:8.2f} ms  {eager.min_ms / fused.min_ms:5.2f}x  saved beyond x, MiB "
-                f"{saved['eager'] / 2**20:.2f} / {saved['fused'] / 2**20:.2f}",
-                flush=True,
-            )
-    return status
+def expected(problem: AdapterProblem, keep: Tensor | None, frozen: bool) -> Expected:
+    """Return the results in float64, and in the case's dtype by several orders of the sums."""
+    wide = replace(
+        problem,
+        tensors=tuple(each.detach().double().requires_grad_() for each in problem.tensors),
+        dy=problem.dy.double(),
+    )
+    truth, eager = (
+        results(_eager(each, keep)(), each.dy, each.leaves(False)) for each in (wide, problem)
+    )
+    orders = OTHER_ORDERS_OF_SMALL if problem.dy.numel() <= SMALL else OTHER_ORDERS
+    return Expected(truth, [eager, *(_reordered(problem, keep, n) for n in range(orders))])
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def work(case: AdapterCase, direction: str, provider: str = OURS) -> Work:
+    """Return what must be done: x read and y written once; dy and x read, dx written once."""
+    m, d, r = case.tokens, case.features, case.bottleneck
+    parameters = 2 * r * d + r + d
+    flops, elements = 4 * m * d * r, 2 * m * d + m * r + parameters
+    if direction == BOTH:
+        flops += 8 * m * d * r
+        elements += 3 * m * d + m * r + 2 * parameters - d  # up_bias is not read
+    return Work(flops, elements * case.torch_dtype.itemsize)
+
+
+def saved_over_x(row: Any) -> float | None:
+    """Return what lives for backward, x among it, as a multiple of x."""
+    return None if row.saved_bytes is None else 1.0 + row.saved_bytes / input_bytes(row.case)
+
+
+def _targets() -> tuple[Target, ...]:
+    def chosen(features: tuple[int, ...], *dtypes: str) -> Callable[[AdapterCase], bool]:
+        def choose(case: AdapterCase) -> bool:
+            plain = case.activation == "relu" and case.dropout_p == 0.0
+            return plain and case.features in features and case.dtype in dtypes
+
+        return choose
+
+    both = ("bfloat16", "float32")
+    limits = (
+        ("bf16 D 2048", FORWARD, 1.15, chosen((2048,), "bfloat16")),
+        ("bf16 D 4096", FORWARD, 1.3, chosen((4096,), "bfloat16")),
+        ("fp32 D 2048, 4096", FORWARD, 1.1, chosen((2048, 4096), "float32")),
+        ("D 2048, 4096", BOTH, 1.1, chosen((2048, 4096), *both)),
+        *(("D 768", each, 0.97, chosen((768,), *both)) for each in DIRECTIONS),
+    )
+    asked = [
+        Target(f"cpu {kind}, {each}: eager / ours", limit, speed_up, CPU, each, cases, True)
+        for kind, each, limit, cases in limits
+    ]
+    asked.append(
+        Target("saved for backward, x included: x of x", 1.07, saved_over_x, MEMORY, FORWARD)
+    )
+    asked += [
+        Target(f"gpu, {each}: eager / ours", limit, speed_up, GPU, each, at_least=True)
+        for each, limit in ((FORWARD, 2.2), (BOTH, 1.8))
+    ]
+    asked.append(Target("gpu, forward: roofline", 0.85, roofline, GPU, FORWARD, at_least=True))
+    return tuple(asked)
+
+
+METHOD = Method(
+    name=AdapterCase.op,
+    case_type=AdapterCase,
+    cases=CASES,
+    quick=quick,
+    make_problem=make_problem,
+    expected=expected,
+    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
+    work=work,
+    targets=_targets(),
+    seconds={CPU: 8.0, HOST: 4.0, GPU: 4.0},
+    gpu={MAIN: (EAGER, replace(fused("triton"), name=OURS))},
+    columns={"compile": "torch.compile", "fused": "peft_kernels"},
+    title="adapter: tokens x features, bottleneck, activation, dtype, dropout",
+    input_bytes=input_bytes,
+)

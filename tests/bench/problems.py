@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.baselines import EAGER, Forward, Provider, eager_lora
-from bench.cases import LoRACase
-from bench.problem import Problem
+from bench.lora.baselines import EAGER, eager_lora
+from bench.lora.cases import LoRACase
+from bench.lora.problem import Problem
+from bench.method import Forward, Provider
 
 SMALL = LoRACase("small", "cpu", 24, 40, 56, 8, 0.0, "float32", True)
 DROPPED = replace(SMALL, name="small dropped", dropout_p=0.25)

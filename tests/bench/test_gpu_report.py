@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import pytest
 import torch
 
 from bench import gpu_report, gpu_timing
-from bench.cases import DRY_CASES, REPORT_CASES
 from bench.gpu_summary import summary
+from bench.lora.cases import DRY_CASES, REPORT_CASES
 from bench.measure import Timing
-from bench.rows import DIRECTIONS, FAILED, TIMED, Row
+from bench.method import DIRECTIONS
+from bench.rows import FAILED, TIMED, Row, plain
 from bench.store import ROOT
 
 PLAN = "triton: forward ticket 128x256x64, 8 warps, 3 stages; backward split: library GEMM"
@@ -34,7 +34,7 @@ def _rows(group: str, names: dict[str, float]) -> list[dict[str, Any]]:
                     case, direction, name, TIMED, "passed", PLAN, timing,
                     ratio_frozen=factor, ratio_eager=factor / 1.5, saved_bytes=2**18, launches=2,
                 )  # fmt: skip
-                rows.append({"item": f"{group} {case.name}", **asdict(row)})
+                rows.append({"item": f"{group} {case.name}", **plain(row)})
     return rows
 
 
@@ -163,7 +163,7 @@ def test_a_crash_costs_the_item_it_happened_at(tmp_path: Path, monkeypatch) -> N
         "state['running'] = None\n"
         "with open(path, 'w') as file: json.dump(state, file)\n"
     )
-    monkeypatch.setattr(gpu_timing, "items", lambda dry: ["main a", "main b", "main c"])
+    monkeypatch.setattr(gpu_timing, "items", lambda dry, ops: ["main a", "main b", "main c"])
     report = gpu_report.Report(tmp_path, dry=True)
     stage = report.stage
     monkeypatch.setattr(
@@ -244,16 +244,18 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
 def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> None:
     plugin = tmp_path / "break_fused.py"
     plugin.write_text(
-        "from dataclasses import replace\nfrom bench import baselines\n"
+        "from dataclasses import replace\nfrom bench.methods import METHODS\n"
         "from tests.bench.problems import SCALED\n"
-        "baselines.FUSED = replace(SCALED, name='fused')\n"
+        "lora = METHODS['lora']\n"
+        "broken = (*lora.providers[:-1], replace(SCALED, name='fused'))\n"
+        "METHODS['lora'] = replace(lora, providers=broken)\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench/test_lora_benchmark.py", "-q",
-            "--lora-cases", "tiny", "--benchmark-disable", "-p", "break_fused",
+            "--bench-cases", "tiny", "--benchmark-disable", "-p", "break_fused",
             "-p", "no:cacheprovider", "-p", "no:xdist",
         ],
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120, check=False,

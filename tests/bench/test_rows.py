@@ -1,30 +1,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import tables
-from bench.baselines import EAGER, FACTORED, FROZEN, FUSED, Provider
-from bench.cases import CPU_CASES, HOST_CASES, MEMORY_CASE, REPORT_CASES, LoRACase
 from bench.hosttime import profile_host
+from bench.lora.baselines import EAGER, FACTORED, FROZEN, FUSED
+from bench.lora.cases import CPU_CASES, HOST_CASES, MEMORY_CASE, REPORT_CASES, LoRACase
 from bench.measure import Timing
+from bench.method import BOTH, FORWARD, OURS, Provider
 from bench.rows import (
-    BOTH,
     FAILED,
-    FORWARD,
     NOT_RUN,
     TIMED,
     PeakTable,
     Row,
     guarded,
     measure_case,
+    plain,
     row_of,
     saved_row,
 )
-from bench.targets import OURS, Figure, figures, geometric_mean
+from bench.targets import Figure, figures, geometric_mean
 from tests.bench.problems import DROPPED, RAISES, SCALED, SMALL
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_table_prints_failed_with_the_comparison_and_no_time(rows: list[Row]) ->
 
 
 def test_rows_survive_json(rows: list[Row]) -> None:
-    again = [row_of(json.loads(json.dumps(asdict(row)))) for row in rows]
+    again = [row_of(json.loads(json.dumps(plain(row)))) for row in rows]
     assert again == rows
 
 

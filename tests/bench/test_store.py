@@ -140,7 +140,7 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     first = run.stderr.readline()
     run.kill()
     run.communicate()
-    assert first.startswith("[cpu 1/8]")
+    assert first.startswith("[cpu 1/24]")
     assert list(tmp_path.iterdir()) == []
 
 
