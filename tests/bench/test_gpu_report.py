@@ -113,8 +113,12 @@ def test_summary_of_nothing_measured_still_comes_out() -> None:
 def test_items_are_every_case_before_any_variant() -> None:
     items = gpu_timing.items(dry=False)
     assert items[:8] == [f"main {case.name}" for case in REPORT_CASES]
-    assert items[8:] == [f"variants {case.name}" for case in REPORT_CASES]
-    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES)
+    assert items[-8:] == [f"variants {case.name}" for case in REPORT_CASES]
+    others = [name for name in items[8:-8] if name.startswith(("main adapter", "main prompt"))]
+    assert others == items[8:-8] and len(others) == 8 + 3
+    assert gpu_timing.items(dry=False, ops=["lora"]) == items[:8] + items[-8:]
+    assert len(gpu_timing.items(dry=True, ops=["lora"])) == 2 * len(DRY_CASES)
+    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1
 
 
 def test_outcomes_are_read_from_junit_or_from_the_log(tmp_path: Path) -> None:
