@@ -29,7 +29,7 @@ def section(source: Path) -> str:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for row in content["rows"]:
         rows[row.get("op", "lora")].append(row)
-    parts = [_machine(content["machine"])]
+    parts = [_machine(content["machine"], frozen=bool(rows["lora"]))]
     for name, method in METHODS.items():
         if rows[name]:
             table = _over_frozen if method.frozen else _over_eager
@@ -38,12 +38,13 @@ def section(source: Path) -> str:
     return "\n".join([begin, "", "\n\n".join(filter(None, parts)), "", END])
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def _machine(machine: dict[str, Any], *, frozen: bool) -> str:
     commit = machine["commit"][:10] + (", with uncommitted changes" if machine["dirty"] else "")
+    over = " over that of the frozen `nn.Linear` (1.00 is the floor), rank 16" if frozen else ""
     return (
         f"Measured on {machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, commit "
-        f"{commit}: least time of interleaved runs over that of the frozen `nn.Linear` (1.00 is "
-        f"the floor), rank 16. Read the columns beside each other, not the third digit."
+        f"{commit}: least time of interleaved runs{over}. Read the columns beside each other, not "
+        f"the third digit."
     )
 
 
@@ -96,7 +97,7 @@ def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
         return ""
     columns = [f"{each}, {way}" for way in DIRECTIONS for each in method.columns.values()]
     said = (
-        f"{method.name.capitalize()}, the other way round: least time of {base} over that of each, "
+        f"{method.name.capitalize()}: least time of {base} over that of each, "
         "so that above 1 is faster than eager."
     )
     return f"{said}\n\n{_table([method.title, *columns], len(columns), body)}"

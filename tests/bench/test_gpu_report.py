@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ from bench import gpu_report, gpu_timing
 from bench.gpu_summary import summary
 from bench.lora.cases import DRY_CASES, REPORT_CASES
 from bench.measure import Timing
-from bench.method import DIRECTIONS
+from bench.method import DIRECTIONS, GPU
+from bench.methods import METHODS
 from bench.rows import FAILED, TIMED, Row, plain
 from bench.store import ROOT
 
@@ -73,6 +75,41 @@ def test_summary_is_short_and_right() -> None:
     assert "41 passed, 2 skipped" in text and "gates failed: 0" in text
     assert "Some GPU, driver 999.1; torch 2.11.0, triton 3.6.0, commit 0123456789" in text
     assert "DRY RUN" not in text
+
+
+def test_summary_has_a_table_and_figures_of_every_method() -> None:
+    rows = list(content()["rows"])
+    for op in ("adapter", "prompt"):
+        for case in METHODS[op].of_suite(GPU, reported=True):
+            for direction in DIRECTIONS:
+                for name, ms in (("eager", 2.3), ("peft", 4.6), ("fused", 1.0)):
+                    timing = Timing(ms, ms, ms, ms, 9)
+                    row = Row(
+                        case, direction, name, TIMED, "passed", "triton", timing,
+                        ratio_eager=ms / 2.3, roofline=0.8, launches=1, over="eager",
+                    )  # fmt: skip
+                    rows.append({"item": f"main {case.name}", **plain(row)})
+    text, ok = summary(content(rows=rows))
+    assert ok
+    lines = text.splitlines()
+    assert len(lines) <= 60 + 30 + 30
+    assert sum(line.startswith("geometric mean") for line in lines) == 2 * 3
+    (adapter,) = [x for x in lines if x.startswith("adapter 16384x8192 r128") and "fwd " in x]
+    assert adapter.split()[-4:] == ["0.435", "1", "-", "triton"]
+    assert re.search(r"gpu, forward: eager / ours +>= 2\.2 +2\.300 +yes", text)
+    assert re.search(r"gpu, forward: roofline +>= 0\.85 +0\.800 +NO", text)
+    assert re.search(r"B1 S64 P20 D4096 bf16, forward: eager / ours +>= 1 +2\.300 +yes", text)
+
+
+def test_a_dry_run_times_the_triton_kernels_of_the_methods_asked_for(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    items = gpu_timing.items(dry=True, ops=["adapter", "prompt"])
+    assert gpu_timing.main([str(state), "100", *items]) == 0
+    found = json.loads(state.read_text())
+    assert found["done"] == items and found["running"] is None
+    ours = [row for row in found["rows"] if row["provider"] == "fused"]
+    assert {row["op"] for row in ours} == {"adapter", "prompt"}
+    assert all(row["status"] == TIMED and row["plan"].startswith("triton") for row in ours)
 
 
 def test_summary_says_what_failed_crashed_or_did_not_run() -> None:
@@ -245,6 +282,11 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_report.main(["lora", "nothing"]) == 2
+    assert "methods are lora, adapter, prompt" in capsys.readouterr().err
+
+
 def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> None:
     plugin = tmp_path / "break_fused.py"
     plugin.write_text(
@@ -258,12 +300,12 @@ def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> No
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "bench/test_lora_benchmark.py", "-q",
+            sys.executable, "-m", "pytest", "bench/", "-q",
             "--bench-cases", "tiny", "--benchmark-disable", "-p", "break_fused",
             "-p", "no:cacheprovider", "-p", "no:xdist",
         ],
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "4 failed, 12 passed" in done.stdout
+    assert "4 failed, 26 passed" in done.stdout
     assert done.stdout.count("fused fails the numerics gate: y error") >= 4

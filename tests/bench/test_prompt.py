@@ -34,15 +34,12 @@ def broken(change: Callable[..., tuple[Tensor, Tensor, Tensor]], name: str = "br
 WRONG_LABEL = broken(lambda embeddings, mask, labels: (embeddings, mask, labels.clamp_min(-99)))
 WRONG_MASK = broken(lambda embeddings, mask, labels: (embeddings, 0 * mask, labels))
 ONE_BIT = broken(lambda embeddings, mask, labels: (embeddings * (1 + 2**-20), mask, labels))
-TWICE = broken(
-    lambda embeddings, mask, labels: (2 * embeddings - embeddings.detach(), mask, labels)
-)
+TWICE = broken(lambda embeddings, *others: (2 * embeddings - embeddings.detach(), *others))
+RIGHT = (PEFT, EAGER, FUSED, prompt.fused("reference"))
 
 
 @pytest.mark.parametrize("case", [SMALL, NARROW], ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    "provider", [PEFT, EAGER, FUSED, prompt.fused("reference")], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("provider", RIGHT, ids=lambda each: each.name)
 def test_right_providers_pass(case: PromptCase, provider: Provider) -> None:
     result = check(case, provider)
     assert result.passed, str(result)
@@ -71,13 +68,10 @@ def test_a_provider_with_wrong_results_gets_no_time() -> None:
 def test_ratios_are_over_the_faster_hand_written_form() -> None:
     rows = measure_case(SMALL, [PEFT, EAGER, FUSED], DEVICE, 0.02, PeakTable(DEVICE, tiny=True))
     for direction in (FORWARD, BOTH):
-        times = {
-            row.provider: row.timing.min_ms
-            for row in rows
-            if row.direction == direction and row.timing
-        }
+        mine = [row for row in rows if row.direction == direction]
+        times = {row.provider: row.timing.min_ms for row in mine if row.timing}
         best = min(("peft", "eager"), key=lambda name: times[name])
-        for row in (row for row in rows if row.direction == direction):
+        for row in mine:
             assert row.ratio_eager == times[row.provider] / times[best]
             assert row.over == best
             assert row.roofline is not None and row.roofline > 0
