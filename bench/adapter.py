@@ -153,7 +153,8 @@ class AdapterProblem:
         """Return the dropout mask that ``seed`` stands for, bool [M, D]; None without dropout."""
         if self.case.dropout_p == 0.0:
             return None
-        return dropout_mask(self.seed, *self.dy.shape, self.case.dropout_p)
+        tokens, features = self.dy.shape
+        return dropout_mask(self.seed, tokens, features, self.case.dropout_p)
 
 
 def make_problem(case: AdapterCase, device: str | torch.device, seed: int = 0) -> AdapterProblem:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _run(
     profiles: dict[str, Any] = {}
     for index, (method, case) in enumerate(chosen, 1):
         print(f"[{suite} {index}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-        rows += guarded(lambda m=method, c=case: _case(m, c, suite, options, peaks), case)
+        rows += guarded(partial(_case, method, case, suite, options, peaks), case)
         if suite == "host":
             calls = 50 if options.quick else 2000
             profiles |= profile_host(case, method.ours, device, calls=calls)
