@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import adapter, prompt
+from bench.adapter.method import METHOD as ADAPTER
 from bench.lora.method import METHOD as LORA
 from bench.method import Case, Method
+from bench.prompt import METHOD as PROMPT
 
-METHODS: dict[str, Method] = {each.name: each for each in (LORA, adapter.METHOD, prompt.METHOD)}
+METHODS: dict[str, Method] = {each.name: each for each in (LORA, ADAPTER, PROMPT)}
 
 
 def method_of(case: Case) -> Method:

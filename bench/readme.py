@@ -83,7 +83,10 @@ def _over_frozen(method: Method, rows: list[dict[str, Any]]) -> str:
 
 def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
     """Return how many times faster than eager each is, a line a case."""
-    found, base = _found(rows), " or ".join(method.eager)
+    found = _found(rows)
+    base = (
+        method.eager[0] if len(method.eager) == 1 else f"the faster of {' and '.join(method.eager)}"
+    )
     body = [
         [name.removeprefix(f"{method.name} ")]
         + [

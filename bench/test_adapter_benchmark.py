@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.adapter import CASES, AdapterCase
+from bench.adapter.cases import CASES, AdapterCase
 from bench.benchmarked import parametrize, run, timed
 from bench.method import Provider
 

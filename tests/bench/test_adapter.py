@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.adapter import EAGER, FUSED, METHOD, AdapterCase, AdapterProblem, fused, make_problem
-from bench.adapter import eager_adapter as adapter_of
+from bench.adapter.cases import AdapterCase, AdapterProblem, make_problem
+from bench.adapter.method import EAGER, FUSED, METHOD, eager_adapter, fused
 from bench.gate import Gate, GateResult
 from bench.memory import saved_bytes
 from bench.method import BOTH, CPU, FORWARD, GPU, HOST, MEMORY, OURS, Provider
@@ -189,7 +189,7 @@ def test_eager_draws_its_own_dropout_where_no_mask_is_given() -> None:
     zero = torch.zeros(())
 
     def branch(keep: Tensor | None) -> Tensor:
-        y = adapter_of(*given.tensors, "gelu", 1.0, 0.25, keep)
+        y = eager_adapter(*given.tensors, "gelu", 1.0, 0.25, keep)
         return (y - given.tensors[0]).detach()
 
     drawn = branch(None)
