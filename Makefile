@@ -29,7 +29,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(READY) ## measure, against eager, factored and frozen; appends to bench/results/
+bench: $(READY) ## measure, against eager, compiled and frozen (ARGS="--op adapter" selects)
 	$(BIN)/python -m peft_kernels bench $(ARGS)
 
 # With PYTHON given, that interpreter as it is: no .venv, no network.

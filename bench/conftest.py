@@ -6,11 +6,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--lora-cases``."""
+    """Add ``--bench-cases``."""
     parser.addoption(
-        "--lora-cases",
+        "--bench-cases",
         choices=("tiny", "small", "full"),
         default="small",
-        help="tiny: shows that it runs; small (default): four small CPU cases, or the reported "
-        "ones on a GPU; full: all cases of bench/cases.py that this machine's device has",
+        help="tiny: shows that it runs; small (default): a few small CPU cases, or the reported "
+        "ones on a GPU; full: all cases that this machine's device has",
     )

@@ -2,7 +2,8 @@
 
 Every result (y and each gradient) is compared with float64. Its error may be at most 1.5 times that
 of the eager form in the same dtype, plus one rounding unit; in the Frobenius norm, which sees a
-systematic error, and in the largest element, which sees one wrong value among millions.
+systematic error, and in the largest element, which sees one wrong value among millions. Results
+that are only copied must be the eager form's to the bit.
 Uninitialised memory is filled with NaN meanwhile, so that an element nobody wrote shows.
 """
 
@@ -12,12 +13,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.baselines import Provider, eager_lora, frozen_linear
-from bench.problem import Problem
+from bench.method import Provider, results
+from bench.methods import method_of
 
 FACTOR = 1.5
 
@@ -65,12 +67,6 @@ class GateResult:
         return f"passed, at most {max(shares):.0%} of the bound"
 
 
-def results(y: Tensor, dy: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return y and the gradient of each named leaf."""
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
-
-
 def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     difference = value.double() - truth
     error = difference.norm() / truth.norm()
@@ -78,65 +74,59 @@ def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(error), float(worst)
 
 
+@dataclass(frozen=True)
+class _Bounds:
+    """What results are held against: float64 values with two bounds each, and exact values."""
+
+    near: dict[str, tuple[Tensor, float, float]]
+    exact: dict[str, Tensor]
+
+
 class Gate:
     """Float64 results and eager errors of one problem, against which providers are held."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Any) -> None:
         """Remember the problem; its float64 results are computed when first asked for."""
         self.problem = problem
+        self.method = method_of(problem.case)
         self.keep = problem.keep_mask()
-        self._truths: dict[bool, dict[str, tuple[Tensor, float, float]]] = {}
+        self._known: dict[bool, _Bounds] = {}
 
-    def leaves(self, frozen: bool) -> dict[str, Tensor]:
-        """Return the tensors whose gradients are compared: of a frozen layer, x alone."""
-        each = self.problem
-        return {"x": each.x} if frozen else {"x": each.x, "a": each.lora_a, "b": each.lora_b}
-
-    def _formula(self, frozen: bool, double: bool) -> dict[str, Tensor]:
-        each = self.problem
-
-        def cast(value: Tensor) -> Tensor:
-            return value.detach().double() if double else value.detach()
-
-        leaves = {name: cast(t).requires_grad_() for name, t in self.leaves(frozen).items()}
-        weight, bias = cast(each.weight), None if each.bias is None else cast(each.bias)
-        if frozen:
-            y = frozen_linear(leaves["x"], weight, bias)
-        else:
-            p = each.case.dropout_p
-            a, b = leaves["a"], leaves["b"]
-            y = eager_lora(leaves["x"], weight, bias, a, b, each.scale, p, self.keep)
-        return results(y, cast(each.dy), leaves)
-
-    def _truth(self, frozen: bool) -> dict[str, tuple[Tensor, float, float]]:
-        """Return each result in float64 and its two bounds."""
-        if frozen in self._truths:
-            return self._truths[frozen]
-        truth = self._formula(frozen, double=True)
-        eager = self._formula(frozen, double=False)
+    def _bounds(self, frozen: bool) -> _Bounds:
+        """Return what is right, of the method or of the layer without it."""
+        if frozen in self._known:
+            return self._known[frozen]
+        expected = self.method.expected(self.problem, self.keep, frozen)
         unit = torch.finfo(self.problem.case.torch_dtype).eps / 2
-        bounds = {}
-        for name, value in truth.items():
-            error, worst = _errors(eager[name], value)
-            bounds[name] = (value, FACTOR * error + unit, FACTOR * worst + unit)
-        self._truths[frozen] = bounds
-        return bounds
+        near = {}
+        for name, value in expected.truth.items():
+            found = [_errors(each[name], value) for each in expected.eager]
+            error, worst = (max(each) for each in zip(*found, strict=True))
+            near[name] = (value, FACTOR * error + unit, FACTOR * worst + unit)
+        self._known[frozen] = _Bounds(near, expected.exact)
+        return self._known[frozen]
 
     def check(self, provider: Provider) -> GateResult:
         """Run ``provider`` forward and backward on the gate's dropout mask and compare."""
-        truth = self._truth(provider.frozen)
+        right = self._bounds(provider.frozen)
+        leaves = self.problem.leaves(provider.frozen)
         try:
             memory = poisoned_memory() if provider.poison else contextlib.nullcontext()
             with provider.around(), memory:
-                y = provider.build(self.problem, self.keep)()
-                found = results(y, self.problem.dy, self.leaves(provider.frozen))
+                outputs = provider.build(self.problem, self.keep)()
+                found = results(outputs, self.problem.dy, leaves, self.method.outputs)
         except Exception as raised:  # whatever a provider raises, the others still run
             return GateResult((), f"{type(raised).__name__}: {str(raised)[:300]}")
+        wrong = [
+            f"{name} differs from eager's"
+            for name, value in right.exact.items()
+            if not torch.equal(found[name], value.to(found[name].dtype))
+        ]
         comparisons = []
-        for name, (value, error_bound, worst_bound) in truth.items():
+        for name, (value, error_bound, worst_bound) in right.near.items():
             error, worst = _errors(found[name], value)
             comparisons.append(Comparison(name, error, error_bound, worst, worst_bound))
-        return GateResult(tuple(comparisons))
+        return GateResult(tuple(comparisons), "; ".join(wrong) or None)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 Needs no network and no installed peft_kernels: torch, Triton, pytest, and for the CPU kernels a
 compiler and pybind11. Writes report.json, logs and the tests' junit files to $OUT (out/gpu-report/)
-and prints a short table last. DRY_RUN=1 walks the same way without a GPU, in Triton's interpreter.
+and prints a short table last. Names of methods (ARGS="adapter prompt") time these alone. DRY_RUN=1
+walks the same way without a GPU, in Triton's interpreter.
 
-Exit status: 0, 1 if a test or a numerics gate failed, 2 without a GPU.
+Exit status: 0, 1 if a test or a numerics gate failed, 2 without a GPU or for an unknown method.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,9 @@ LEAST_S = 15.0  # no timing process is started for less
 class Report:
     """The report as it grows: every stage ends with the file rewritten."""
 
-    def __init__(self, out: Path, dry: bool) -> None:
-        """Start the clock."""
-        self.out, self.dry = out, dry
+    def __init__(self, out: Path, dry: bool, ops: Sequence[str] | None = None) -> None:
+        """Start the clock; ``ops``: the methods to time, None for all."""
+        self.out, self.dry, self.ops = out, dry, ops
         self.ends = time.monotonic() + (DRY_BUDGET_S if dry else BUDGET_S)
         self.content: dict[str, Any] = {"format": 1, "dry_run": dry, "complete": False}
 
@@ -161,7 +163,7 @@ def measure(report: Report) -> None:
 
     from bench import gpu_timing
 
-    pending = gpu_timing.items(report.dry)
+    pending = gpu_timing.items(report.dry, report.ops)
     state_path = report.out / "timing-state.json"
     rows: list[dict[str, Any]] = []
     crashed: dict[str, str] = {}
@@ -192,9 +194,15 @@ def measure(report: Report) -> None:
     report.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks)
 
 
-def main() -> int:
-    """Run the stages, print the table, return the exit status."""
+def main(ops: Sequence[str] = ()) -> int:
+    """Run the stages, timing ``ops`` or all methods, print the table, return the exit status."""
     import torch
+
+    from bench.methods import METHODS
+
+    if not set(ops) <= set(METHODS):
+        print(f"gpu-report: methods are {', '.join(METHODS)}, got {' '.join(ops)}", file=sys.stderr)
+        return 2
 
     dry = os.environ.get("DRY_RUN", "0") not in ("", "0")
     if not dry and not torch.cuda.is_available():
@@ -209,7 +217,7 @@ def main() -> int:
 
     out = Path(os.environ.get("OUT") or ROOT / "out" / "gpu-report").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    report = Report(out, dry)
+    report = Report(out, dry, ops or None)
     report.add(machine=store.machine(torch.device("cpu" if dry else "cuda")))
     build(report)
     test(report)
@@ -231,4 +239,4 @@ if __name__ == "__main__":
     # Stages are sessions of their own: no signal to the report reaches them.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _terminated)
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.baselines import EAGER, FACTORED, FROZEN
-from bench.cases import GPU
-from bench.gpu_timing import MAIN, VARIANTS
-from bench.rows import BOTH, DIRECTIONS, FAILED, FORWARD, TIMED, Row, row_of
+from bench.method import BOTH, DIRECTIONS, FORWARD, GPU, MAIN, MIB, OURS, VARIANTS, Method
+from bench.methods import METHODS
+from bench.rows import FAILED, TIMED, Row, row_of
 from bench.tables import figure_table, ms, short
-from bench.targets import MIB, OURS, figures, geometric_mean
+from bench.targets import figures, geometric_mean
 
-BASES = (FROZEN.name, FACTORED.name, EAGER.name)
 SHOWN = 8  # of failures, of each kind
 
 
 def summary(content: dict[str, Any]) -> tuple[str, bool]:
-    """Return the table, at most 60 lines, and whether all tests and gates passed."""
+    """Return the table, and whether all tests and gates passed.
+
+    At most 60 lines for LoRA, and 30 for each further method.
+    """
     rows = {MAIN: _rows(content, MAIN), VARIANTS: _rows(content, VARIANTS)}
     failed = [row for group in rows.values() for row in group if row.status == FAILED]
     lines = ["", "DRY RUN: no GPU, Triton interpreted; its times say nothing"]
     if not content["dry_run"]:
         lines = [""]
-    lines += _times(rows[MAIN])
-    lines += _variants(rows[VARIANTS])
+    for name, method in METHODS.items():
+        mine = [row for row in rows[MAIN] if row.case.op == name]
+        lines += _times(method, mine) if mine else []
+        lines += _variants([row for row in rows[VARIANTS] if row.case.op == name])
     gpu_rows = [row for row in rows[MAIN] if row.case.suite == GPU]
     if gpu_rows:
-        reached = [each for each in figures(gpu_rows) if each.target.startswith("gpu")]
-        lines += figure_table(reached).splitlines()
+        lines += figure_table(figures(gpu_rows, suites=[GPU])).splitlines()
     lines += _limited("GATE FAILED", (f"{_where(row)}: {row.note}" for row in failed))
     lines += _limited("CRASHED", (f"{k}: {v}" for k, v in content["crashed"].items()))
     lines += _limited("TEST FAILED", content["tests"]["failed"])
@@ -54,18 +56,22 @@ def _limited(title: str, entries: Iterable[str]) -> list[str]:
     return texts[:SHOWN] + more
 
 
-def _times(rows: Sequence[Row]) -> list[str]:
+def _times(method: Method, rows: Sequence[Row]) -> list[str]:
     """Return a line per case and direction, and the geometric means of the ratios."""
-    header = "".join(f"{f'x {base}':>11}" for base in BASES)
-    lines = [f"{'case':<27}{'':<9}{'fused ms':>9}{header}{'launches':>9}{'saved MiB':>10}  runs as"]
+    bases = [each.name for each in method.gpu[MAIN] if each.name != OURS]
+    header = "".join(f"{f'x {base}':>11}" for base in bases)
+    width = max([27, *(len(row.case.name) + 1 for row in rows)])
+    lines = [
+        f"{'case':<{width}}{'':<9}{'fused ms':>9}{header}{'launches':>9}{'saved MiB':>10}  runs as"
+    ]
     ratios: dict[tuple[str, str], list[float]] = {}
     for row in (row for row in rows if row.provider == OURS):
         direction = "fwd" if row.direction == FORWARD else "fwd+bwd"
         if row.status != TIMED or row.timing is None:
-            lines.append(f"{row.case.name:<27}{direction:<9}{row.status.upper()}")
+            lines.append(f"{row.case.name:<{width}}{direction:<9}{row.status.upper()}")
             continue
         cells = ""
-        for base in BASES:
+        for base in bases:
             other = _find(rows, row.case.name, row.direction, base)
             if other is None or other.timing is None:
                 cells += f"{'-':>11}"
@@ -76,16 +82,16 @@ def _times(rows: Sequence[Row]) -> list[str]:
         launches = "-" if row.launches is None else str(row.launches)
         saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / MIB:.3f}"
         lines.append(
-            f"{row.case.name:<27}{direction:<9}{ms(row.timing.min_ms):>9}{cells}"
+            f"{row.case.name:<{width}}{direction:<9}{ms(row.timing.min_ms):>9}{cells}"
             f"{launches:>9}{saved:>10}  {_plan(row)}"
         )
     for direction in DIRECTIONS:
-        found = [ratios.get((direction, base)) for base in BASES]
+        found = [ratios.get((direction, base)) for base in bases]
         cells = "".join(
             f"{geometric_mean(each):>11.3f}" if each else f"{'-':>11}" for each in found
         )
         name = "fwd" if direction == FORWARD else "fwd+bwd"
-        lines.append(f"{'geometric mean':<27}{name:<9}{'':>9}{cells}")
+        lines.append(f"{'geometric mean':<{width}}{name:<9}{'':>9}{cells}")
     return lines
 
 
@@ -102,7 +108,7 @@ def _plan(row: Row) -> str:
 
 def _variants(rows: Sequence[Row]) -> list[str]:
     """Return a line per case: every kernel variant's time, forward and both."""
-    mine = [row for row in rows if row.provider not in BASES and row.provider != "all"]
+    mine = [row for row in rows if row.provider.startswith("triton")]
     lines = [f"{'variants, ms: fwd / fwd+bwd':<36}"] if mine else []
     for case in dict.fromkeys(row.case.name for row in mine):
         cells = []

@@ -1,8 +1,8 @@
 """The timing of the GPU report: one process, which a broken kernel may end without ending the rest.
 
 ``python -m bench.gpu_timing STATE.json SECONDS ITEM...`` works through the items "main NAME" (a
-case against frozen, eager and factored) and "variants NAME" (every kernel variant of it), and after
-each rewrites STATE.json. SECONDS is when it must have ended.
+case against its baselines) and "variants NAME" (every kernel variant of it), and after each
+rewrites STATE.json. SECONDS is when it must have ended.
 """
 
 from __future__ import annotations
@@ -10,31 +10,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import baselines, store
-from bench.cases import DRY_CASES, REPORT_CASES, LoRACase
-from bench.rows import PeakTable, Row, guarded, measure_case
-from bench.targets import OURS
+from bench import methods, store
+from bench.method import DRY, GPU, MAIN, VARIANTS, Case
+from bench.rows import PeakTable, Row, guarded, measure_case, plain
 
-MAIN, VARIANTS = "main", "variants"
-# Triton whatever else there is: in the dry run, too, it is these kernels that are walked.
-TRITON = replace(baselines.fused("triton"), name=OURS)
-PROVIDERS = {
-    MAIN: (baselines.FROZEN, baselines.EAGER, baselines.FACTORED, TRITON),
-    VARIANTS: (baselines.FROZEN, baselines.EAGER, *baselines.VARIANTS),
-}
 SECONDS_A_CASE = 2.0
 
 
-def items(dry: bool) -> list[str]:
-    """Return what there is to time, what matters most first."""
-    cases = DRY_CASES if dry else REPORT_CASES
-    return [f"{group} {case.name}" for group in PROVIDERS for case in cases]
+def items(dry: bool, ops: Sequence[str] | None = None) -> list[str]:
+    """Return what there is to time of some methods (None: all), what matters most first."""
+    return [
+        f"{group} {case.name}"
+        for group in (MAIN, VARIANTS)
+        for method in methods.chosen(ops)
+        if group in method.gpu
+        for case in method.of_suite(DRY if dry else GPU, reported=True)
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     state_path, seconds, *asked = arguments
     ends = time.monotonic() + float(seconds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = {case.name: case for case in (*REPORT_CASES, *DRY_CASES)}
+    cases = {case.name: case for each in methods.METHODS.values() for case in each.cases}
     peaks = PeakTable(device, tiny=device.type == "cpu")
     state: dict[str, Any] = {"running": None, "done": [], "rows": [], "peaks": []}
     found: list[tuple[str, Row]] = []
@@ -56,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         found += [(item, row) for row in _measure(item, cases, device, peaks)]
         longest = max(longest, time.monotonic() - start)
         filled = zip(found, peaks.fill([row for _, row in found]), strict=True)
-        state["rows"] = [{"item": of, **asdict(row)} for (of, _), row in filled]
+        state["rows"] = [{"item": of, **plain(row)} for (of, _), row in filled]
         state["peaks"] = [asdict(each) for each in peaks.measured.values()]
         state["done"].append(item)
         state["running"] = None
@@ -68,10 +65,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure(
-    item: str, cases: dict[str, LoRACase], device: torch.device, peaks: PeakTable
+    item: str, cases: dict[str, Case], device: torch.device, peaks: PeakTable
 ) -> list[Row]:
     group, name = item.split(" ", 1)
-    case, providers = cases[name], PROVIDERS[group]
+    case = cases[name]
+    providers = methods.method_of(case).gpu[group]
     seconds, rounds = (SECONDS_A_CASE, 5) if device.type == "cuda" else (0.1, 2)
 
     def measure() -> list[Row]:

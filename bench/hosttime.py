@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
-from bench.baselines import Provider
-from bench.cases import LoRACase
-from bench.problem import make_problem
-from bench.rows import DIRECTIONS, call_of
+from bench.method import DIRECTIONS, Case, Provider
+from bench.methods import method_of
+from bench.rows import call_of
 
 ROOT = Path(__file__).resolve().parent.parent
 Entry = dict[str, float | str]
 
 
 def profile_host(
-    case: LoRACase, provider: Provider, device: torch.device, *, calls: int = 2000, top: int = 10
+    case: Case, provider: Provider, device: torch.device, *, calls: int = 2000, top: int = 10
 ) -> dict[str, list[Entry]]:
     """Return the functions with the most own time, per call, by case and direction.
 
@@ -31,7 +30,7 @@ def profile_host(
         calls: over how many calls the times are averaged.
         top: how many functions are returned.
     """
-    problem = make_problem(case, device)
+    problem = method_of(case).make_problem(case, device)
     found = {}
     for direction in DIRECTIONS:
         call = call_of(provider, problem, direction)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
+def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor]) -> int:
     """Return the bytes that ``forward`` keeps for its backward.
 
     Counted once per storage, whole (a view keeps all of it alive), without the storages of
@@ -25,9 +25,9 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward()
+        outputs = forward()
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    del y
+    del outputs
     return total
 
 

@@ -1,68 +1,132 @@
-"""``python -m bench.prompt``: prompt tuning against eager forms, on this machine's CPU or GPU.
+"""Prompt tuning, for every benchmark: cases, providers, what is right, what is asked.
 
 A case is one call with mask and labels, and its backward to the prompt. Providers: ``peft``, the
 operations of its ``PeftModelForCausalLM``; ``eager``, the fewest that PyTorch needs, without
-position ids; ``compile``, eager under ``torch.compile``; ``fused``. A provider whose results are
-wrong prints no time. The process pins itself as ``make bench`` does.
+position ids; ``compile``, eager under ``torch.compile``; ``fused``, with position ids.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import Timing, device_times, synchronizer, wall_times
-from bench.run import PINNED
+from bench.method import (
+    BOTH,
+    COMPILED,
+    CPU,
+    DIRECTIONS,
+    DRY,
+    GPU,
+    MAIN,
+    OURS,
+    SHORT,
+    Case,
+    Expected,
+    Forward,
+    Method,
+    Provider,
+    Target,
+    packaged,
+    results,
+    speed_up,
+)
+from bench.roofline import Work
 from peft_kernels import prompt_embedding
-
-FORWARD, BOTH = "forward", "forward+backward"
-DIRECTIONS = (FORWARD, BOTH)
 
 
 @dataclass(frozen=True)
-class PromptCase:
-    """ids [batch, tokens] into a table [vocabulary, width], prompt [length, width] before them."""
+class PromptCase(Case):
+    """ids [batch, tokens] into a table [vocabulary, width], prompt [length, width] before them.
 
+    Attributes:
+        name: as in ``Case``, like suite and reported.
+        dtype: of the table and the embeddings.
+        length: P.
+        width: D.
+        vocabulary: rows of the table.
+    """
+
+    op: ClassVar[str] = "prompt"
     name: str
+    suite: str
     batch: int
     tokens: int
     length: int
     width: int
     vocabulary: int = 32000
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
+    reported: bool = False
 
 
-CASES = tuple(
-    PromptCase(f"B{b} S{s} P{p} D{d} {short}", b, s, p, d, 32000, dtype)
-    for b, s, p, d in ((8, 512, 20, 1024), (4, 1024, 100, 4096), (1, 64, 20, 2048))
-    for short, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+def _case(
+    suite: str, b: int, s: int, p: int, d: int, vocabulary: int = 32000, dtype: str = "bfloat16"
+) -> PromptCase:
+    place = "dry " if suite == DRY else ""
+    name = f"{place}prompt B{b} S{s} P{p} D{d} {SHORT[dtype]}"
+    return PromptCase(name, suite, b, s, p, d, vocabulary, dtype, suite != CPU)
+
+
+CASES = (
+    *(
+        _case(CPU, *sizes, dtype=dtype)
+        for sizes in ((8, 512, 20, 1024), (4, 1024, 100, 4096), (1, 64, 20, 2048))
+        for dtype in ("bfloat16", "float32")
+    ),
+    *(
+        _case(GPU, *sizes)
+        for sizes in ((8, 2048, 20, 4096), (16, 1024, 100, 4096), (1, 64, 20, 4096))
+    ),
+    _case(DRY, 2, 5, 3, 8, 11, "float32"),
 )
-TINY = PromptCase("tiny", 2, 5, 3, 8, 11, torch.float32)
+
+
+def quick(case: PromptCase) -> PromptCase:
+    """Return ``case`` cut to a size that proves the code runs and measures nothing."""
+    return replace(
+        case,
+        name=f"quick {case.name}",
+        batch=min(case.batch, 2),
+        tokens=min(case.tokens, 5),
+        length=min(case.length, 3),
+        width=min(case.width, 8),
+        vocabulary=min(case.vocabulary, 11),
+    )
 
 
 @dataclass(frozen=True)
 class PromptProblem:
     """What every provider is given; the prompt is float32 and trained, as peft keeps it."""
 
-    ids: Tensor
-    table: Tensor
-    prompt: Tensor
-    mask: Tensor
-    labels: Tensor
-    dy: Tensor
+    case: PromptCase
+    ids: Tensor  # int64 [B, S]
+    table: Tensor  # [V, D]
+    prompt: Tensor  # float32 [P, D]
+    mask: Tensor  # int64 [B, S]
+    labels: Tensor  # int64 [B, S]
+    dy: Tensor  # [B, P + S, D]
+
+    @property
+    def alive(self) -> tuple[Tensor, ...]:
+        """The inputs and the parameters."""
+        return self.ids, self.table, self.prompt, self.mask, self.labels
+
+    def leaves(self, frozen: bool) -> dict[str, Tensor]:
+        """Return what gradients are taken of."""
+        return {"prompt": self.prompt}
+
+    def keep_mask(self) -> Tensor | None:
+        """Return None: nothing is dropped."""
+        return None
 
 
-def make_problem(case: PromptCase, device: torch.device) -> PromptProblem:
-    """Return the tensors of a case, the same ones every time."""
-    generator = torch.Generator(device=device).manual_seed(0)
+def make_problem(case: PromptCase, device: str | torch.device, seed: int = 0) -> PromptProblem:
+    """Return the tensors of a case, the same ones for the same seed."""
+    generator = torch.Generator(device=device).manual_seed(seed)
     size = (case.batch, case.tokens)
 
     def normal(*shape: int) -> Tensor:
@@ -72,138 +136,121 @@ def make_problem(case: PromptCase, device: torch.device) -> PromptProblem:
         return torch.randint(case.vocabulary, size, device=device, generator=generator)
 
     return PromptProblem(
+        case,
         ids(),
-        normal(case.vocabulary, case.width).to(case.dtype),
+        normal(case.vocabulary, case.width).to(case.torch_dtype),
         normal(case.length, case.width).requires_grad_(),
         torch.ones(size, dtype=torch.int64, device=device),
         ids(),
-        normal(case.batch, case.tokens + case.length, case.width).to(case.dtype),
+        normal(case.batch, case.tokens + case.length, case.width).to(case.torch_dtype),
     )
 
 
-Outputs = tuple[Tensor, ...]
-Provider = Callable[[PromptProblem], Outputs]
+Outputs = tuple[Tensor, Tensor, Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Outputs]
 
 
-def peft_form(given: PromptProblem) -> Outputs:
+def peft_form(ids: Tensor, table: Tensor, prompt: Tensor, mask: Tensor, labels: Tensor) -> Outputs:
     """Return embeddings, mask and labels by the operations of peft 0.21."""
-    batch, length = given.ids.shape[0], given.prompt.shape[0]
-    device = given.ids.device
-    ones = torch.ones(batch, length).to(device)
-    mask = torch.cat((ones, given.mask), dim=1)
-    tokens = F.embedding(given.ids, given.table)
-    ignored = torch.full((batch, length), -100).to(device)
-    labels = torch.cat((ignored, given.labels), dim=1)
-    prompt_ids = torch.arange(length).unsqueeze(0).expand(batch, -1).to(device)
-    prompts = F.embedding(prompt_ids, given.prompt).to(tokens.dtype)
+    batch, length = ids.shape[0], prompt.shape[0]
+    ones = torch.ones(batch, length).to(ids.device)
+    mask = torch.cat((ones, mask), dim=1)
+    tokens = F.embedding(ids, table)
+    ignored = torch.full((batch, length), -100).to(ids.device)
+    labels = torch.cat((ignored, labels), dim=1)
+    prompt_ids = torch.arange(length).unsqueeze(0).expand(batch, -1).to(ids.device)
+    prompts = F.embedding(prompt_ids, prompt).to(tokens.dtype)
     return torch.cat((prompts, tokens), dim=1), mask, labels
 
 
-def eager_form(given: PromptProblem) -> Outputs:
+def eager_form(ids: Tensor, table: Tensor, prompt: Tensor, mask: Tensor, labels: Tensor) -> Outputs:
     """Return embeddings, mask and labels by as few operations as PyTorch allows."""
-    batch, length = given.ids.shape[0], given.prompt.shape[0]
-    prompts = given.prompt.to(given.table.dtype).expand(batch, -1, -1)
-    embeddings = torch.cat((prompts, F.embedding(given.ids, given.table)), dim=1)
+    batch, length = ids.shape[0], prompt.shape[0]
+    prompts = prompt.to(table.dtype).expand(batch, -1, -1)
+    embeddings = torch.cat((prompts, F.embedding(ids, table)), dim=1)
     return (
         embeddings,
-        F.pad(given.mask, (length, 0), value=1),
-        F.pad(given.labels, (length, 0), value=-100),
+        F.pad(mask, (length, 0), value=1),
+        F.pad(labels, (length, 0), value=-100),
     )
 
 
-def fused_form(given: PromptProblem) -> Outputs:
-    """Return embeddings, mask, labels and position ids of the package."""
-    out = prompt_embedding(
-        given.ids, given.table, given.prompt, attention_mask=given.mask, labels=given.labels
-    )
-    assert out.attention_mask is not None and out.labels is not None
-    return out.embeddings, out.attention_mask, out.labels, out.position_ids
+def by(name: str, form: Form) -> Provider:
+    """Return the provider of a form written in PyTorch."""
+
+    def build(problem: PromptProblem, keep: Tensor | None) -> Forward:
+        given = problem.alive
+        return lambda: form(*given)
+
+    return Provider(name, build)
 
 
-PROVIDERS: dict[str, Provider] = {"peft": peft_form, "eager": eager_form, "fused": fused_form}
+def _compiled(problem: PromptProblem, keep: Tensor | None) -> Forward:
+    torch._dynamo.reset()
+    compiled, given = torch.compile(eager_form, dynamic=False), problem.alive
+    return lambda: compiled(*given)
 
 
-def call_of(provider: Provider, given: PromptProblem, direction: str) -> Callable[[], Any]:
-    """Return what is timed."""
-    if direction == FORWARD:
-        return lambda: provider(given)
-    return lambda: torch.autograd.grad(provider(given)[0], [given.prompt], given.dy)
+def fused(backend: str | None = None) -> Provider:
+    """Return the provider of ``prompt_embedding`` on a backend (None: the best)."""
+
+    def arguments(
+        problem: PromptProblem, keep: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        given = (problem.ids, problem.table, problem.prompt)
+        return given, {"attention_mask": problem.mask, "labels": problem.labels}
+
+    return packaged(prompt_embedding, arguments, backend, outputs=lambda out: out[:3])
 
 
-def failure(provider: Provider, given: PromptProblem) -> str | None:
-    """Return what is wrong with a provider's results, or None.
+PEFT, EAGER, FUSED = by("peft", peft_form), by("eager", eager_form), fused()
+OUTPUTS = ("embeddings", "mask", "labels")
 
-    Outputs must be eager's to the bit; the gradient may have 1.5 times eager's error against
-    float64, and one rounding unit of the table's dtype.
+
+def expected(problem: PromptProblem, keep: Tensor | None, frozen: bool) -> Expected:
+    """Return eager's outputs, which are exact, and the prompt's gradient, summed in float64."""
+    found = results(eager_form(*problem.alive), problem.dy, problem.leaves(False), OUTPUTS)
+    gradient = found.pop("dprompt")
+    truth = problem.dy[:, : problem.case.length].double().sum(0)
+    return Expected({"dprompt": truth}, ({"dprompt": gradient},), exact=found)
+
+
+def work(case: PromptCase, direction: str, provider: str = OURS) -> Work:
+    """Return the traffic, and backward's additions; ids, mask and labels are int64.
+
+    Position ids are left out: only ours gives them.
     """
-    names, expected = ("embeddings", "mask", "labels"), eager_form(given)
-    for name, one, other in zip(names, provider(given)[:3], expected, strict=True):
-        if not torch.equal(one, other.to(one.dtype)):
-            return f"{name} differ from eager's"
-    length = given.prompt.shape[0]
-    exact = given.dy[:, :length].double().sum(0)
-
-    def error(each: Provider) -> Tensor:
-        return (call_of(each, given, BOTH)()[0].double() - exact).norm() / exact.norm()
-
-    found, bound = error(provider), 1.5 * error(eager_form) + torch.finfo(given.dy.dtype).eps / 2
-    return None if found <= bound else f"gradient error {found:.2e} (bound {bound:.2e})"
+    b, s, p, d = case.batch, case.tokens, case.length, case.width
+    size, prompt = case.torch_dtype.itemsize, 4 * p * d
+    moved = b * (2 * s + p) * d * size + prompt + 8 * (3 * b * s + 2 * b * (s + p))
+    if direction == BOTH:
+        return Work(b * p * d, moved + b * p * d * size + prompt)
+    return Work(0, moved)
 
 
-def measure(
-    case: PromptCase, device: torch.device, seconds: float, providers: dict[str, Provider]
-) -> dict[tuple[str, str], Timing | str]:
-    """Return the time of every provider that passes, or what is wrong, by direction and name."""
-    given = make_problem(case, device)
-    wrong = {name: failure(each, given) for name, each in providers.items()}
-    found: dict[tuple[str, str], Timing | str] = {}
-    for direction in DIRECTIONS:
-        calls = {
-            name: call_of(each, given, direction)
-            for name, each in providers.items()
-            if wrong[name] is None
-        }
-        if device.type == "cuda":
-            times = device_times(calls, seconds / 2)
-        else:
-            times = wall_times(calls, seconds / 2, synchronize=synchronizer(device))
-        for name in providers:
-            found[direction, name] = wrong[name] or times[name]
-    return found
+def _target(case: PromptCase, direction: str) -> Target:
+    return Target(
+        f"{case.name.removeprefix('prompt ')}, {direction}: eager / ours", 1.0, speed_up,
+        case.suite, direction, lambda each: each == case, True,
+    )  # fmt: skip
 
 
-def rows(found: dict[tuple[str, str], Timing | str]) -> list[str]:
-    """Return a case's lines: least, 20th percentile, median; eager's least over the least."""
-    lines = []
-    for (direction, name), time in found.items():
-        start, eager = f"  {direction:17} {name:8}", found[direction, "eager"]
-        if isinstance(time, str) or isinstance(eager, str):
-            lines.append(f"{start} FAILED {time}")
-            continue
-        times = f"{time.min_ms:9.4f} {time.p20_ms:9.4f} {time.p50_ms:9.4f}"
-        lines.append(f"{start} {times} {eager.min_ms / time.min_ms:6.2f}x")
-    return lines
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser("python -m bench.prompt", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="per case (%(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"ms a call on {device}: least, p20, p50; x: eager's least over the row's")
-    for case in CASES:
-        providers = dict(PROVIDERS)
-        if not options.no_compile:
-            torch._dynamo.reset()
-            providers["compile"] = torch.compile(eager_form, dynamic=False)
-        print(case.name, flush=True)
-        print("\n".join(rows(measure(case, device, options.seconds, providers))), flush=True)
-
-
-if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PINNED.items()):
-        command = [sys.executable, "-m", "bench.prompt", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **PINNED})
-    main()
+METHOD = Method(
+    name=PromptCase.op,
+    case_type=PromptCase,
+    cases=CASES,
+    quick=quick,
+    make_problem=make_problem,
+    expected=expected,
+    providers=(PEFT, EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
+    work=work,
+    targets=tuple(
+        _target(case, each) for case in CASES if case.suite in (CPU, GPU) for each in DIRECTIONS
+    ),
+    seconds={CPU: 5.0, GPU: 4.0},
+    gpu={MAIN: (PEFT, EAGER, replace(fused("triton"), name=OURS))},
+    columns={"peft": "peft's form", "compile": "torch.compile", "fused": "peft_kernels"},
+    title="prompt: batch, tokens, prompt length, width, dtype",
+    eager=("peft", "eager"),
+    outputs=OUTPUTS,
+)

@@ -1,7 +1,8 @@
 """Writes the measured figures into README.md, from a file that ``bench.run`` wrote.
 
 ``python -m bench.readme RESULT.json`` replaces what stands between the two markers; no figure in
-README is typed by hand. A row that was not timed shows a dash.
+README is typed by hand. A row that was not timed shows a dash; a method that was not measured shows
+nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.method import DIRECTIONS, MIB, OURS, Method
+from bench.methods import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures of {source} -->", "<!-- end of figures -->"
-_PROVIDERS = {
-    "eager": "eager", "factored": "factored", "compile": "torch.compile", "fused": "peft_kernels",
-}  # fmt: skip
-_RATIOS = {"cpu": "ratio_frozen", "gpu": "ratio_frozen", "host": "ratio_eager"}
 
 
 def section(source: Path) -> str:
@@ -26,73 +26,136 @@ def section(source: Path) -> str:
     if content["quick"]:
         raise ValueError(f"{source} was measured with --quick: its figures mean nothing")
     begin = BEGIN.format(source=source.resolve().relative_to(ROOT))
-    parts = [_machine(content["machine"]), _table(content["rows"]), _words(content)]
-    return "\n".join([begin, "", "\n\n".join(parts), "", END])
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for row in content["rows"]:
+        rows[row.get("op", "lora")].append(row)
+    parts = [_machine(content["machine"], frozen=bool(rows["lora"]))]
+    for name, method in METHODS.items():
+        if rows[name]:
+            table = _over_frozen if method.frozen else _over_eager
+            parts += [table(method, rows[name]), _words(method, rows[name])]
+    parts.append(_missed(content["figures"]))
+    return "\n".join([begin, "", "\n\n".join(filter(None, parts)), "", END])
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def _machine(machine: dict[str, Any], *, frozen: bool) -> str:
     commit = machine["commit"][:10] + (", with uncommitted changes" if machine["dirty"] else "")
+    over = " over that of the frozen `nn.Linear` (1.00 is the floor), rank 16" if frozen else ""
     return (
         f"Measured on {machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, commit "
-        f"{commit}: least time of interleaved runs over that of the frozen `nn.Linear` (1.00 is "
-        f"the floor), rank 16. Read the columns beside each other, not the third digit."
+        f"{commit}: least time of interleaved runs{over}. Read the columns beside each other, not "
+        f"the third digit."
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| tokens x in x out, dtype, dropout | direction | "
-        + " | ".join(_PROVIDERS.values())
-        + " |",
-        "|---|---|" + "---:|" * len(_PROVIDERS),
+def _timed(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return cases and directions of the suites that a table shows."""
+    shown = [row for row in rows if row["case"]["suite"] in ("cpu", "gpu")]
+    return list(dict.fromkeys((row["case"]["name"], row["direction"]) for row in shown))
+
+
+Found = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def _found(rows: list[dict[str, Any]]) -> Found:
+    return {(row["case"]["name"], row["direction"], row["provider"]): row for row in rows}
+
+
+def _table(header: list[str], numbers: int, body: list[list[str]]) -> str:
+    """Return a table whose last ``numbers`` columns stand to the right."""
+    rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
+    lines = ["|" + "|".join(rule) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    return "\n".join(["| " + " | ".join(header) + " |", *lines])
+
+
+def _over_frozen(method: Method, rows: list[dict[str, Any]]) -> str:
+    """Return times over the frozen layer's, a line a case and direction."""
+    found = _found(rows)
+    body = [
+        [name, direction]
+        + [_cell(found.get((name, direction, each)), "ratio_frozen") for each in method.columns]
+        for name, direction in _timed(rows)
     ]
-    found = {(row["case"]["name"], row["direction"], row["provider"]): row for row in rows}
-    cases = dict.fromkeys(
-        (row["case"]["name"], row["direction"])
-        for row in rows
-        if row["case"]["suite"] in ("cpu", "gpu")
+    header = [method.title, "direction", *method.columns.values()]
+    return _table(header, len(method.columns), body) if body else ""
+
+
+def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
+    """Return how many times faster than eager each is, a line a case."""
+    found = _found(rows)
+    base = (
+        method.eager[0] if len(method.eager) == 1 else f"the faster of {' and '.join(method.eager)}"
     )
-    for name, direction in cases:
-        cells = [_ratio(found.get((name, direction, provider))) for provider in _PROVIDERS]
-        lines.append(f"| {name} | {direction} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    body = [
+        [name.removeprefix(f"{method.name} ")]
+        + [
+            _cell(found.get((name, direction, each)), "ratio_eager", faster=True)
+            for direction in DIRECTIONS
+            for each in method.columns
+        ]
+        for name in dict.fromkeys(name for name, _ in _timed(rows))
+    ]
+    if not body:
+        return ""
+    columns = [f"{each}, {way}" for way in DIRECTIONS for each in method.columns.values()]
+    said = (
+        f"{method.name.capitalize()}: least time of {base} over that of each, "
+        "so that above 1 is faster than eager."
+    )
+    return f"{said}\n\n{_table([method.title, *columns], len(columns), body)}"
 
 
-def _ratio(row: dict[str, Any] | None) -> str:
-    if row is None or row["status"] != "timed":
+def _cell(row: dict[str, Any] | None, ratio: str, *, faster: bool = False) -> str:
+    if row is None or row["status"] != "timed" or row[ratio] is None:
         return "-"
-    value = row[_RATIOS[row["case"]["suite"]]]
-    return "-" if value is None else f"{value:.2f}"
+    return f"{1 / row[ratio] if faster else row[ratio]:.2f}"
 
 
-def _words(content: dict[str, Any]) -> str:
+def _words(method: Method, rows: list[dict[str, Any]]) -> str:
+    """Return what stands in no table: host time and bytes saved."""
     lines = []
-    for row in content["rows"]:
+    for row in rows:
         case = row["case"]
-        if row["provider"] != "fused":
+        if row["provider"] != OURS:
             continue
         if case["suite"] == "host":
             lines.append(
                 f"- Host time of {case['name'].removeprefix('host ')}, {row['direction']}: "
-                f"{_ratio(row)} of eager's."
+                f"{_cell(row, 'ratio_eager')} of eager's."
             )
         elif case["suite"] == "memory" and row["saved_bytes"] is not None:
             eager = next(
                 other["saved_bytes"]
-                for other in content["rows"]
+                for other in rows
                 if other["case"] == case and other["provider"] == "eager"
             )
             lines.append(
                 f"- {case['name'].capitalize()} for backward beyond x: "
-                f"{row['saved_bytes'] / 2**20:.2f} MiB; eager: {eager / 2**20:.2f} MiB."
+                f"{_saved(method, case, row['saved_bytes'])}; "
+                f"eager: {_saved(method, case, eager)}."
             )
-    missed = [each for each in content["figures"] if each["reached"] is False]
-    lines += [
-        f"- Not reached: {each['target']} at most {each['limit']:g}, got {each['value']:.3f} "
-        f"({each['detail']})."
-        for each in missed
-        if each["value"] is not None
-    ]
+    return "\n".join(lines)
+
+
+def _saved(method: Method, case: dict[str, Any], saved: int) -> str:
+    text = f"{saved / MIB:.2f} MiB"
+    if method.input_bytes is None:
+        return text
+    x = method.input_bytes(method.case_type(**case))
+    return f"{text}, with x {1 + saved / x:.2f} of x"
+
+
+def _missed(figures: list[dict[str, Any]]) -> str:
+    lines = []
+    for each in figures:
+        if each["reached"] is False and each["value"] is not None:
+            op = each.get("op", "lora")
+            lines.append(
+                f"- Not reached: {'' if op == 'lora' else f'{op}, '}{each['target']} at "
+                f"{'least' if each.get('at_least') else 'most'} {each['limit']:g}, got "
+                f"{each['value']:.3f} ({each['detail']})."
+            )
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import LoRACase
 from bench.measure import device_times, wall_times
 
 
@@ -41,34 +40,6 @@ class Peaks:
     def least_ms(self, work: Work) -> float:
         """Return the roofline's time for ``work``."""
         return max(work.flops / (self.tflops * 1e9), work.bytes / (self.gigabytes_per_s * 1e6))
-
-
-def forward_work(case: LoRACase) -> Work:
-    """Return what the forward must do: y and s from x, W, A, B and the bias."""
-    m, k, n, r = case.tokens, case.in_features, case.out_features, case.rank
-    flops = 2 * m * k * n + 2 * m * k * r + 2 * m * r * n
-    elements = m * k + n * k + r * k + n * r + m * n + m * r + (n if case.bias else 0)
-    return Work(flops, elements * case.torch_dtype.itemsize)
-
-
-def backward_work(case: LoRACase) -> Work:
-    """Return what the backward must do: ds, dx, dA and dB; the base layer is frozen.
-
-    x and dY are read once: nothing forbids computing all gradients in one pass over them. With a
-    rank of 0, the frozen layer, x is not read.
-    """
-    m, k, n, r = case.tokens, case.in_features, case.out_features, case.rank
-    flops = 2 * m * k * n + 4 * m * n * r + 4 * m * k * r
-    elements = m * n + n * k + m * r + r * k + n * r + (m * k if r else 0)  # read
-    elements += m * k + r * k + n * r  # written
-    return Work(flops, elements * case.torch_dtype.itemsize)
-
-
-def work(case: LoRACase, direction: str) -> Work:
-    """Return the work of "forward" or of "forward+backward"."""
-    if direction == "forward":
-        return forward_work(case)
-    return forward_work(case) + backward_work(case)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Peaks:

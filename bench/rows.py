@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from bench import memory
-from bench.baselines import EAGER, FROZEN, Provider
-from bench.cases import LoRACase
 from bench.gate import Gate
 from bench.measure import Call, Timing, device_times, synchronizer, wall_times
-from bench.problem import Problem, make_problem
-from bench.roofline import Peaks, measure_peaks, work
+from bench.method import DIRECTIONS, FORWARD, Case, Method, Provider, first
+from bench.methods import METHODS, method_of
+from bench.roofline import Peaks, measure_peaks
 
-FORWARD, BOTH = "forward", "forward+backward"
-DIRECTIONS = (FORWARD, BOTH)
 TIMED, FAILED, NOT_RUN = "timed", "failed", "not run"
 
 
@@ -36,14 +33,15 @@ class Row:
         timing: wall clock on a CPU, device time with a cold cache on a GPU; None unless "timed".
         wall: wall clock of calls back to back, on a GPU.
         ratio_frozen: least time over the frozen layer's least.
-        ratio_eager: likewise over the eager form's.
+        ratio_eager: likewise over the eager form's, the fastest where there are several.
         roofline: the least time that the counted work allows, over the least time taken.
         saved_bytes: kept for backward beyond x and the parameters.
         launches: kernels launched, on a GPU.
         peak_bytes: device memory held at most during the call, on a GPU.
+        over: the provider that ``ratio_eager`` is over.
     """
 
-    case: LoRACase
+    case: Any
     direction: str
     provider: str
     status: str
@@ -57,6 +55,7 @@ class Row:
     saved_bytes: int | None = None
     launches: int | None = None
     peak_bytes: int | None = None
+    over: str | None = None
 
 
 class PeakTable:
@@ -80,18 +79,18 @@ class PeakTable:
         peaks = self.measured.get(row.case.torch_dtype)
         if peaks is None or row.timing is None:
             return row
-        done = replace(row.case, rank=0) if row.provider == FROZEN.name else row.case
-        share = peaks.least_ms(work(done, row.direction)) / row.timing.min_ms
+        work = method_of(row.case).work(row.case, row.direction, row.provider)
+        share = peaks.least_ms(work) / row.timing.min_ms
         return replace(row, roofline=share)
 
 
-def call_of(provider: Provider, problem: Problem, direction: str) -> Callable[[], Any]:
+def call_of(provider: Provider, problem: Any, direction: str) -> Callable[[], Any]:
     """Return what is timed: the provider's forward, or that and the gradients a training needs."""
     forward = provider.build(problem, None)
-    leaves = [problem.x] if provider.frozen else [problem.x, problem.lora_a, problem.lora_b]
+    leaves = list(problem.leaves(provider.frozen).values())
 
     def both() -> Any:
-        return torch.autograd.grad(forward(), leaves, problem.dy)
+        return torch.autograd.grad(first(forward()), leaves, problem.dy)
 
     call: Callable[[], Any] = forward if direction == FORWARD else both
     if provider.around is contextlib.nullcontext:
@@ -104,7 +103,7 @@ def call_of(provider: Provider, problem: Problem, direction: str) -> Callable[[]
     return within
 
 
-def _verdict(provider: Provider, problem: Problem, gate: Gate) -> tuple[str, str]:
+def _verdict(provider: Provider, problem: Any, gate: Gate) -> tuple[str, str]:
     reason = provider.why_not(problem)
     if reason is not None:
         return NOT_RUN, reason
@@ -112,12 +111,12 @@ def _verdict(provider: Provider, problem: Problem, gate: Gate) -> tuple[str, str
     return (TIMED if result.passed else FAILED), str(result)
 
 
-def _counts(provider: Provider, problem: Problem, direction: str) -> dict[str, int | None]:
-    device = problem.x.device
+def _counts(provider: Provider, problem: Any, direction: str) -> dict[str, int | None]:
+    device = problem.dy.device
     forward = call_of(provider, problem, FORWARD)
     call = call_of(provider, problem, direction)
     return {
-        "saved_bytes": memory.saved_bytes(forward, (problem.x, *problem.parameters)),
+        "saved_bytes": memory.saved_bytes(forward, problem.alive),
         "launches": memory.count_launches(call, device),
         "peak_bytes": memory.peak_bytes(call, device),
     }
@@ -135,7 +134,7 @@ def _times(
 
 
 def measure_case(
-    case: LoRACase,
+    case: Any,
     providers: Sequence[Provider],
     device: torch.device,
     seconds: float,
@@ -155,7 +154,8 @@ def measure_case(
         counted: also count saved bytes and launches; starting the profiler takes a while.
         least_rounds: of the wall clock, however long they take.
     """
-    problem = make_problem(case, device)
+    method = method_of(case)
+    problem = method.make_problem(case, device)
     gate = Gate(problem)
     verdicts = {each.name: _verdict(each, problem, gate) for each in providers}
     del gate  # float64 results of every tensor
@@ -165,6 +165,7 @@ def measure_case(
     for direction in DIRECTIONS:
         calls = {each.name: call_of(each, problem, direction) for each in running}
         times, walls = _times(calls, device, seconds / 2, least_rounds) if calls else ({}, {})
+        frozen, (eager, over) = times.get(method.frozen or ""), _eager(method, times)
         for provider in providers:
             name = provider.name
             status, note = verdicts[name]
@@ -176,38 +177,52 @@ def measure_case(
             rows.append(
                 Row(
                     case, direction, name, status, note, plan, timing, walls[name],
-                    ratio_frozen=_ratio(timing, times.get(FROZEN.name)),
-                    ratio_eager=_ratio(timing, times.get(EAGER.name)),
+                    ratio_frozen=_ratio(timing, frozen), ratio_eager=_ratio(timing, eager),
+                    over=over,
                     **(_counts(provider, problem, direction) if counted else {}),
                 )
             )  # fmt: skip
     return peaks.fill(rows)
 
 
-def saved_row(case: LoRACase, provider: Provider, device: torch.device) -> Row:
+def saved_row(case: Any, provider: Provider, device: torch.device) -> Row:
     """Return a row with the bytes saved for backward alone, counted on real tensors of ``case``."""
-    problem = make_problem(case, device)
+    problem = method_of(case).make_problem(case, device)
     reason = provider.why_not(problem)
     if reason is not None:
         return Row(case, FORWARD, provider.name, NOT_RUN, reason)
-    saved = memory.saved_bytes(
-        call_of(provider, problem, FORWARD), (problem.x, *problem.parameters)
-    )
+    saved = memory.saved_bytes(call_of(provider, problem, FORWARD), problem.alive)
     plan = provider.plan(problem)
     return Row(case, FORWARD, provider.name, NOT_RUN, "bytes only", plan, saved_bytes=saved)
 
 
-def row_of(plain: Mapping[str, Any]) -> Row:
-    """Return the row that ``dataclasses.asdict`` made ``plain`` of, as JSON files hold it."""
-    times = {name: plain[name] and Timing(**plain[name]) for name in ("timing", "wall")}
-    return Row(**{**plain, "case": LoRACase(**plain["case"]), **times})
+def _eager(method: Method, times: Mapping[str, Timing]) -> tuple[Timing | None, str | None]:
+    """Return the fastest hand-written form's time, and its name."""
+    forms = [(times[name].min_ms, name) for name in method.eager if name in times]
+    if not forms:
+        return None, None
+    name = min(forms)[1]
+    return times[name], name
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """Return a row as JSON files hold it."""
+    return {"op": row.case.op, **asdict(row)}
+
+
+def row_of(held: Mapping[str, Any]) -> Row:
+    """Return the row that ``plain`` made ``held`` of; files of format 1 hold LoRA's rows alone."""
+    fields = dict(held)
+    case_type = METHODS[fields.pop("op", "lora")].case_type
+    times = {name: held[name] and Timing(**held[name]) for name in ("timing", "wall")}
+    return Row(**{**fields, "case": case_type(**held["case"]), **times})
 
 
 def _ratio(timing: Timing, base: Timing | None) -> float | None:
     return None if base is None else timing.min_ms / base.min_ms
 
 
-def guarded(measure: Callable[[], list[Row]], case: LoRACase) -> list[Row]:
+def guarded(measure: Callable[[], list[Row]], case: Case) -> list[Row]:
     """Return ``measure()``'s rows, or one that says what it raised: the other cases still run."""
     try:
         return measure()

@@ -1,4 +1,4 @@
-"""``python -m peft_kernels bench``: measure, against eager, factored, compiled and frozen.
+"""``python -m peft_kernels bench``: measure every method against eager, compiled and frozen forms.
 
 Prints every row, then the figures this project set itself with the values reached, then where the
 host's time goes in a small call; writes all of it to a new file in ``bench/results/``.
@@ -10,8 +10,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ PINNED = {
     ":glibc.malloc.trim_threshold=4294967296",
 }
 SUITES = ("cpu", "host", "memory", "gpu")
-# Seconds of timing per case, over all providers and both directions.
-SECONDS = {"cpu": 30.0, "host": 4.0, "gpu": 4.0}
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     text = argparse.ArgumentParser("python -m peft_kernels bench", description=__doc__)
+    text.add_argument(
+        "--op", metavar="NAME", action="append",
+        help="lora, adapter or prompt; may be repeated; default: all",
+    )  # fmt: skip
     text.add_argument(
         "--suite", choices=(*SUITES, "all"), action="append",
         help="may be repeated; by default host and memory with gpu where there is one, else cpu",
@@ -55,9 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
-    from bench import store, tables
-    from bench.rows import FAILED
+    from bench import methods, store, tables
+    from bench.rows import FAILED, plain
     from bench.targets import figures
+
+    unknown = set(options.op or ()) - set(methods.METHODS)
+    if unknown:
+        known = ", ".join(methods.METHODS)
+        print(f"bench: --op {unknown.pop()}: there are {known}", file=sys.stderr)
+        return 2
 
     has_gpu = torch.cuda.is_available()
     suites = _suites(options.suite, has_gpu)
@@ -68,24 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = [(suite, *_run(suite, options, has_gpu)) for suite in suites]
     rows = [row for _, found, _, _ in measured for row in found]
     if not rows:
-        print(f"bench: no case of {', '.join(suites)} contains {options.cases!r}", file=sys.stderr)
+        print(f"bench: no case of {_asked(options, suites)}", file=sys.stderr)
         return 2
     profiles = {name: each for *_, found in measured for name, each in found.items()}
-    reached = figures(rows)
+    reached = figures(rows, suites=suites)
     described = store.machine(torch.device("cuda" if has_gpu else "cpu"))
     content: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "quick": options.quick,
         "machine": described,
         "pinned": {name: os.environ.get(name) for name in PINNED},
         "peaks": [asdict(each) for _, _, peaks, _ in measured for each in peaks],
-        "rows": [asdict(row) for row in rows],
+        "rows": [plain(row) for row in rows],
         "figures": [asdict(each) for each in reached],
         "host_profile": profiles,
         "seconds": round(time.monotonic() - started, 1),
     }
     path = store.write_new(options.out or store.RESULTS, store.file_stem(described), content)
-    print("Times in ms a call; ratios and roofline of the minimum\n")
+    print("Times in ms a call; ratios and roofline of the minimum; eager: the fastest such form\n")
     print(tables.table(rows))
     if profiles:
         print("\nWhere the host's time goes (under the profiler, which slows Python down)")
@@ -99,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = options.out or ROOT / "bench" / "figures"
         print(f"figure: {plot(path, folder / f'{path.stem}.png')}")
     return 1 if any(row.status == FAILED for row in rows) else 0
+
+
+def _asked(options: argparse.Namespace, suites: Sequence[str]) -> str:
+    contains = "" if options.cases is None else f" contains {options.cases!r}"
+    return f"{', '.join(options.op or ('any method',))} in {', '.join(suites)}{contains}"
 
 
 def _suites(asked: Sequence[str] | None, has_gpu: bool) -> list[str]:
@@ -115,48 +129,44 @@ def _run(
     """Return the rows, peaks and host profiles of one suite."""
     import torch
 
-    from bench import baselines, cases
+    from bench import methods
     from bench.hosttime import profile_host
-    from bench.rows import PeakTable, guarded, measure_case, saved_row
+    from bench.rows import PeakTable, guarded
 
     device = torch.device("cuda" if has_gpu and suite != "cpu" else "cpu")
-    pool = {
-        "cpu": cases.CPU_CASES,
-        "host": cases.HOST_CASES,
-        "memory": (cases.MEMORY_CASE,),
-        # The whole grid takes hours: it is measured in parts that --cases names.
-        "gpu": cases.REPORT_CASES if options.cases is None else cases.GPU_CASES,
-    }[suite]
-    chosen = [case for case in pool if (options.cases or "") in case.name]
-    if options.quick:
-        chosen = [cases.quick(case) for case in chosen]
-    seconds = 0.2 if options.quick else SECONDS.get(suite, 0.0)
-    if options.seconds is not None:
-        seconds = options.seconds
-    providers = [baselines.FROZEN, baselines.EAGER, baselines.FACTORED]
-    if not options.no_compile and not options.quick and suite in ("cpu", "gpu"):
-        providers.append(baselines.COMPILED)
-    providers.append(baselines.FUSED)
     peaks = PeakTable(device, tiny=options.quick or suite == "host")
+    # The whole grid of a GPU takes hours: it is measured in parts that --cases names.
+    reported = suite == "gpu" and options.cases is None
+    chosen = [
+        (method, method.quick(case) if options.quick else case)
+        for method in methods.chosen(options.op)
+        for case in method.of_suite(suite, reported=reported)
+        if (options.cases or "") in case.name
+    ]
     rows: list[Any] = []
     profiles: dict[str, Any] = {}
-    for index, case in enumerate(chosen, 1):
+    for index, (method, case) in enumerate(chosen, 1):
         print(f"[{suite} {index}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-        measure: Callable[[], list[Any]]
-        if suite == "memory":
-
-            def measure(case: Any = case) -> list[Any]:
-                return [saved_row(case, each, device) for each in providers[1:]]
-        else:
-
-            def measure(case: Any = case) -> list[Any]:
-                return measure_case(case, providers, device, seconds, peaks)
-
-        rows += guarded(measure, case)
+        rows += guarded(partial(_case, method, case, suite, options, peaks), case)
         if suite == "host":
             calls = 50 if options.quick else 2000
-            profiles |= profile_host(case, baselines.FUSED, device, calls=calls)
+            profiles |= profile_host(case, method.ours, device, calls=calls)
     return peaks.fill(rows), list(peaks.measured.values()), profiles
+
+
+def _case(method: Any, case: Any, suite: str, options: argparse.Namespace, peaks: Any) -> list[Any]:
+    """Return the rows of one case."""
+    from bench.method import COMPILED
+    from bench.rows import measure_case, saved_row
+
+    compiles = not options.no_compile and not options.quick and suite in ("cpu", "gpu")
+    providers = [each for each in method.providers if compiles or each.name != COMPILED]
+    if suite == "memory":
+        return [saved_row(case, each, peaks.device) for each in providers if not each.frozen]
+    seconds = 0.2 if options.quick else method.seconds[suite]
+    if options.seconds is not None:
+        seconds = options.seconds
+    return measure_case(case, providers, peaks.device, seconds, peaks)
 
 
 def pin() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bench.measure import Timing
+from bench.method import MIB
 from bench.rows import FAILED, TIMED, Row
-from bench.targets import MIB, Figure
+from bench.targets import Figure
 
 _HEADER = (
     f"{'provider':<18}{'min':>9}{'p20':>9}{'p50':>9}{'p80':>9}"
@@ -52,12 +53,17 @@ def ratio(value: float | None) -> str:
 
 
 def figure_table(figures: Iterable[Figure]) -> str:
-    """Return the targets, the values reached, and yes or no."""
-    lines = []
+    """Return the targets, the values reached, and yes or no; a heading where the method changes."""
+    lines: list[str] = []
+    before = None
     for each in figures:
+        if each.op != before:
+            lines.append(each.op)
+            before = each.op
+        sign = ">=" if each.at_least else "<="
         answer = "-" if each.reached is None else "yes" if each.reached else "NO"
         lines.append(
-            f"  {each.target:<52} <= {each.limit:<5g} {ratio(each.value):>7}  {answer:<4}"
+            f"  {each.target:<57} {sign} {each.limit:<5g} {ratio(each.value):>7}  {answer:<4}"
             f"{each.detail}"
         )
     return "\n".join(lines)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.baselines import FACTORED, FUSED
-from bench.cases import CPU, GPU, HOST, MEMORY, LoRACase
-from bench.rows import BOTH, DIRECTIONS, FAILED, FORWARD, TIMED, Row
-
-OURS = FUSED.name
-MIB = 2**20
+from bench.method import OURS, Target
+from bench.methods import METHODS
+from bench.rows import FAILED, TIMED, Row
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,12 @@ class Figure:
 
     Attributes:
         target: what is asked.
-        limit: the value may be at most this.
+        limit: the value may be at most this, or, ``at_least``, not be below it.
         value: the worst value of the cases (or their geometric mean), None if not measured.
         reached: None if not measured.
         detail: the case of that value, or why there is none.
+        op: the method it is asked of.
+        at_least: more is better.
     """
 
     target: str
@@ -31,98 +30,79 @@ class Figure:
     value: float | None
     reached: bool | None
     detail: str
+    op: str = "lora"
+    at_least: bool = False
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
-    """Return every target with the value that ``rows`` give it."""
-    found = []
-    for label, limit, chosen in _CPU_LIMITS:
-        for direction in DIRECTIONS:
-            ours = _ours(rows, CPU, direction, chosen)
-            found.append(_worst(f"cpu {label}, {direction}: x frozen", limit, ours, _x_frozen))
-    for direction in DIRECTIONS:
-        ours = _ours(rows, CPU, direction)
-        found.append(_worst(f"cpu, {direction}: x eager", 1.0, ours, _x_eager))
-    for direction in DIRECTIONS:
-        ours = _ours(rows, HOST, direction)
-        found.append(_worst(f"host time at [1, 64], {direction}: x eager", 1.2, ours, _x_eager))
-    ours = _ours(rows, MEMORY, FORWARD)
-    found.append(_worst("saved for backward beyond x: MiB", 0.5, ours, _saved_mib))
-    for direction, limit in ((FORWARD, 1.05), (BOTH, 1.10)):
-        ours = _ours(rows, GPU, direction)
-        found.append(_worst(f"gpu, {direction}: x frozen", limit, ours, _x_frozen))
-    for direction in DIRECTIONS:
-        found.append(_against_factored(rows, direction))
-    return found
+def figures(rows: Sequence[Row], *, suites: Sequence[str] | None = None) -> list[Figure]:
+    """Return every target of the methods that ``rows`` are of, with the value they give it.
 
-
-_CPU_LIMITS: tuple[tuple[str, float, Callable[[LoRACase], bool]], ...] = (
-    ("fp32 without dropout", 1.05, lambda case: case.dtype == "float32" and not case.dropout_p),
-    ("bf16 without dropout", 1.10, lambda case: case.dtype == "bfloat16" and not case.dropout_p),
-    ("dropout 0.1", 1.20, lambda case: case.dropout_p > 0),
-)
-
-
-def _ours(
-    rows: Sequence[Row],
-    suite: str,
-    direction: str,
-    chosen: Callable[[LoRACase], bool] = lambda case: True,
-) -> list[Row]:
-    """Return our rows of a suite and direction, and those of cases that broke altogether."""
+    Args:
+        rows: what was measured.
+        suites: whose targets; None: all.
+    """
+    ops = {row.case.op for row in rows}
     return [
-        row
-        for row in rows
-        if row.case.suite == suite and chosen(row.case) and _of(row, OURS, direction)
+        _figure(target, name, rows)
+        for name, method in METHODS.items()
+        if name in ops
+        for target in method.targets
+        if suites is None or target.suite in suites
     ]
 
 
-def _of(row: Row, provider: str, direction: str) -> bool:
-    return row.provider == "all" or (row.provider == provider and row.direction == direction)
+def _figure(target: Target, op: str, rows: Sequence[Row]) -> Figure:
+    """Return what our rows give a target; a row that failed is worse than any value."""
 
+    def figure(value: float | None, reached: bool | None, detail: str) -> Figure:
+        return Figure(target.label, target.limit, value, reached, detail, op, target.at_least)
 
-def _x_frozen(row: Row) -> float | None:
-    return row.ratio_frozen
-
-
-def _x_eager(row: Row) -> float | None:
-    return row.ratio_eager
-
-
-def _saved_mib(row: Row) -> float | None:
-    return None if row.saved_bytes is None else row.saved_bytes / MIB
-
-
-def _worst(
-    target: str, limit: float, rows: Sequence[Row], value_of: Callable[[Row], float | None]
-) -> Figure:
-    """Return the figure of the largest value; a row that failed is worse than any."""
-    broken = [row for row in rows if row.status == FAILED]
+    ours = _ours(rows, op, target)
+    broken = [row for row in ours if row.status == FAILED]
     if broken:
-        return Figure(target, limit, None, False, f"{broken[0].case.name}: {broken[0].note}")
-    pairs = [(value, row.case.name) for row in rows if (value := value_of(row)) is not None]
+        return figure(None, False, f"{broken[0].case.name}: {broken[0].note}")
+    if target.mean_over is not None:
+        ratios = _over(ours, rows, target.mean_over)
+        value, detail = geometric_mean(ratios) if ratios else None, f"{len(ratios)} cases"
+    else:
+        value, detail = _worst(target, ours)
+    if value is None:
+        return figure(None, None, "not measured")
+    reached = value >= target.limit if target.at_least else value <= target.limit
+    return figure(value, reached, detail)
+
+
+def _ours(rows: Sequence[Row], op: str, target: Target) -> list[Row]:
+    """Return our rows that a target is about, and those of cases that broke altogether."""
+    return [
+        row
+        for row in rows
+        if (row.case.op, row.case.suite) == (op, target.suite)
+        and target.chosen(row.case)
+        and (row.provider == "all" or (row.provider, row.direction) == (OURS, target.direction))
+    ]
+
+
+def _worst(target: Target, ours: Sequence[Row]) -> tuple[float | None, str]:
+    pairs = [(value, row) for row in ours if (value := target.value(row)) is not None]
     if not pairs:
-        return Figure(target, limit, None, None, "not measured")
-    value, name = max(pairs)
-    return Figure(target, limit, value, value <= limit, f"worst of {len(pairs)}: {name}")
+        return None, ""
+    worst = min if target.at_least else max
+    value, row = worst(pairs, key=lambda pair: pair[0])
+    over = f", over {row.over}" if row.over not in (None, "eager") else ""
+    return value, f"worst of {len(pairs)}: {row.case.name}{over}"
 
 
-def _against_factored(rows: Sequence[Row], direction: str) -> Figure:
-    target = f"gpu, {direction}: x factored, geometric mean"
-    ours = {row.case.name: row for row in _ours(rows, GPU, direction)}
-    broken = [row for row in ours.values() if row.status == FAILED]
-    if broken:
-        return Figure(target, 1.0, None, False, f"{broken[0].case.name}: {broken[0].note}")
+def _over(ours: Sequence[Row], rows: Sequence[Row], provider: str) -> list[float]:
+    """Return our times over a provider's, of every case that both have."""
     ratios = []
-    for row in rows:
-        fused = ours.get(row.case.name)
-        mine = row.provider == FACTORED.name and row.direction == direction
-        if fused and mine and fused.status == row.status == TIMED and fused.timing and row.timing:
-            ratios.append(fused.timing.min_ms / row.timing.min_ms)
-    if not ratios:
-        return Figure(target, 1.0, None, None, "not measured")
-    mean = geometric_mean(ratios)
-    return Figure(target, 1.0, mean, mean <= 1.0, f"{len(ratios)} cases")
+    for mine in ours:
+        for row in rows:
+            same = (row.case.name, row.direction) == (mine.case.name, mine.direction)
+            if same and row.provider == provider and mine.status == row.status == TIMED:
+                assert mine.timing and row.timing
+                ratios.append(mine.timing.min_ms / row.timing.min_ms)
+    return ratios
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -7,9 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.baselines import EAGER, Forward, Provider, eager_lora
-from bench.cases import LoRACase
-from bench.problem import Problem
+from bench.lora.baselines import EAGER, eager_lora
+from bench.lora.cases import LoRACase
+from bench.lora.problem import Problem
+from bench.measure import Timing
+from bench.method import OURS, Case, Forward, Provider
+from bench.rows import TIMED, Row
+from bench.targets import Figure
 
 SMALL = LoRACase("small", "cpu", 24, 40, 56, 8, 0.0, "float32", True)
 DROPPED = replace(SMALL, name="small dropped", dropout_p=0.25)
@@ -88,3 +92,21 @@ OWN_MASK = Provider("own mask", _own_mask)
 UNWRITTEN = Provider("unwritten row", _unwritten)
 RAISES = Provider("raises", _raises)
 ONE_WRONG_VALUE = Provider("one wrong value", _one_wrong_value)
+
+
+def timed_row(
+    case: Case, direction: str, ratio_eager: float, ratio_frozen: float | None = None
+) -> Row:
+    """Return a row of ours with these ratios; its times are the ratio over the frozen layer's."""
+    time_ms = ratio_eager if ratio_frozen is None else ratio_frozen
+    timing = Timing(time_ms, time_ms, time_ms, time_ms, 9)
+    return Row(
+        case, direction, OURS, TIMED, timing=timing, ratio_frozen=ratio_frozen,
+        ratio_eager=ratio_eager, over="eager",
+    )  # fmt: skip
+
+
+def figure_of(found: list[Figure], *words: str) -> Figure:
+    """Return the one figure whose target contains all the words."""
+    (one,) = [each for each in found if all(word in each.target for word in words)]
+    return one

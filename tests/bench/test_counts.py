@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.baselines import EAGER, FACTORED, FROZEN, FUSED
-from bench.cases import ALL_CASES, DRY_CASES, GPU, REPORT_CASES, LoRACase, quick
+from bench.lora.baselines import EAGER, FACTORED, FROZEN, FUSED
+from bench.lora.cases import ALL_CASES, DRY_CASES, REPORT_CASES, LoRACase, quick
+from bench.lora.method import work
+from bench.lora.problem import make_problem
 from bench.measure import Timing, summarise, wall_times
 from bench.memory import saved_bytes
-from bench.problem import make_problem
-from bench.roofline import Peaks, Work, work
-from bench.rows import FAILED, FORWARD, TIMED, PeakTable, Row
+from bench.method import FORWARD, GPU
+from bench.roofline import Peaks, Work
+from bench.rows import FAILED, TIMED, PeakTable, Row
 from tests.bench.problems import DROPPED, SMALL
 
 
@@ -39,7 +41,7 @@ def test_saved_bytes_of_the_providers(provider, beyond_s) -> None:  # type: igno
     """Ours keeps s and the seed; the others keep drop(x), eager its mask too."""
     problem = make_problem(DROPPED, "cpu")
     m, k, r = DROPPED.tokens, DROPPED.in_features, DROPPED.rank
-    found = saved_bytes(provider.build(problem, None), (problem.x, *problem.parameters))
+    found = saved_bytes(provider.build(problem, None), problem.alive)
     if beyond_s is not None:
         assert found == 4 * m * r + beyond_s
     else:
@@ -49,8 +51,8 @@ def test_saved_bytes_of_the_providers(provider, beyond_s) -> None:  # type: igno
 def test_factored_without_dropout_saves_s_alone() -> None:
     problem = make_problem(SMALL, "cpu")
     forward = FACTORED.build(problem, None)
-    assert saved_bytes(forward, (problem.x, *problem.parameters)) == 4 * SMALL.tokens * SMALL.rank
-    assert saved_bytes(FROZEN.build(problem, None), (problem.x, *problem.parameters)) == 0
+    assert saved_bytes(forward, problem.alive) == 4 * SMALL.tokens * SMALL.rank
+    assert saved_bytes(FROZEN.build(problem, None), problem.alive) == 0
 
 
 HAND = LoRACase("by hand", "cpu", 2, 3, 5, 1, 0.0, "bfloat16", False)

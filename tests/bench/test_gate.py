@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.baselines import COMPILED, EAGER, FACTORED, FROZEN, FUSED, Provider, fused
-from bench.cases import LoRACase
 from bench.gate import Comparison, Gate, GateResult, poisoned_memory
-from bench.problem import make_problem
+from bench.lora.baselines import COMPILED, EAGER, FACTORED, FROZEN, FUSED, fused
+from bench.lora.cases import LoRACase
+from bench.lora.problem import make_problem
+from bench.method import Provider
 from tests.bench.problems import (
     DROPPED,
     NARROW,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.baselines import EAGER, FROZEN
-from bench.cases import LoRACase
-from bench.gpu_timing import TRITON
+from bench.lora.baselines import EAGER, FROZEN
+from bench.lora.cases import LoRACase
+from bench.lora.method import TRITON
 from bench.measure import device_times
 from bench.memory import count_launches, peak_bytes
-from bench.rows import BOTH, FORWARD, PeakTable, measure_case
+from bench.method import BOTH, FORWARD
+from bench.rows import PeakTable, measure_case
 
 pytestmark = pytest.mark.gpu
 CASE = LoRACase("gpu 512x512x768", "gpu", 512, 512, 768, 16, 0.1)

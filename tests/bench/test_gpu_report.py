@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from bench import gpu_report, gpu_timing
-from bench.cases import DRY_CASES, REPORT_CASES
 from bench.gpu_summary import summary
+from bench.lora.cases import DRY_CASES, REPORT_CASES
 from bench.measure import Timing
-from bench.rows import DIRECTIONS, FAILED, TIMED, Row
+from bench.method import DIRECTIONS, GPU
+from bench.methods import METHODS
+from bench.rows import FAILED, TIMED, Row, plain
 from bench.store import ROOT
 
 PLAN = "triton: forward ticket 128x256x64, 8 warps, 3 stages; backward split: library GEMM"
@@ -34,7 +36,7 @@ def _rows(group: str, names: dict[str, float]) -> list[dict[str, Any]]:
                     case, direction, name, TIMED, "passed", PLAN, timing,
                     ratio_frozen=factor, ratio_eager=factor / 1.5, saved_bytes=2**18, launches=2,
                 )  # fmt: skip
-                rows.append({"item": f"{group} {case.name}", **asdict(row)})
+                rows.append({"item": f"{group} {case.name}", **plain(row)})
     return rows
 
 
@@ -75,6 +77,41 @@ def test_summary_is_short_and_right() -> None:
     assert "DRY RUN" not in text
 
 
+def test_summary_has_a_table_and_figures_of_every_method() -> None:
+    rows = list(content()["rows"])
+    for op in ("adapter", "prompt"):
+        for case in METHODS[op].of_suite(GPU, reported=True):
+            for direction in DIRECTIONS:
+                for name, ms in (("eager", 2.3), ("peft", 4.6), ("fused", 1.0)):
+                    timing = Timing(ms, ms, ms, ms, 9)
+                    row = Row(
+                        case, direction, name, TIMED, "passed", "triton", timing,
+                        ratio_eager=ms / 2.3, roofline=0.8, launches=1, over="eager",
+                    )  # fmt: skip
+                    rows.append({"item": f"main {case.name}", **plain(row)})
+    text, ok = summary(content(rows=rows))
+    assert ok
+    lines = text.splitlines()
+    assert len(lines) <= 60 + 30 + 30
+    assert sum(line.startswith("geometric mean") for line in lines) == 2 * 3
+    (adapter,) = [x for x in lines if x.startswith("adapter 16384x8192 r128") and "fwd " in x]
+    assert adapter.split()[-4:] == ["0.435", "1", "-", "triton"]
+    assert re.search(r"gpu, forward: eager / ours +>= 2\.2 +2\.300 +yes", text)
+    assert re.search(r"gpu, forward: roofline +>= 0\.85 +0\.800 +NO", text)
+    assert re.search(r"B1 S64 P20 D4096 bf16, forward: eager / ours +>= 1 +2\.300 +yes", text)
+
+
+def test_a_dry_run_times_the_triton_kernels_of_the_methods_asked_for(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    items = gpu_timing.items(dry=True, ops=["adapter", "prompt"])
+    assert gpu_timing.main([str(state), "100", *items]) == 0
+    found = json.loads(state.read_text())
+    assert found["done"] == items and found["running"] is None
+    ours = [row for row in found["rows"] if row["provider"] == "fused"]
+    assert {row["op"] for row in ours} == {"adapter", "prompt"}
+    assert all(row["status"] == TIMED and row["plan"].startswith("triton") for row in ours)
+
+
 def test_summary_says_what_failed_crashed_or_did_not_run() -> None:
     rows = _rows("main", FACTORS)
     broken = next(row for row in rows if row["provider"] == "fused")
@@ -113,8 +150,12 @@ def test_summary_of_nothing_measured_still_comes_out() -> None:
 def test_items_are_every_case_before_any_variant() -> None:
     items = gpu_timing.items(dry=False)
     assert items[:8] == [f"main {case.name}" for case in REPORT_CASES]
-    assert items[8:] == [f"variants {case.name}" for case in REPORT_CASES]
-    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES)
+    assert items[-8:] == [f"variants {case.name}" for case in REPORT_CASES]
+    others = [name for name in items[8:-8] if name.startswith(("main adapter", "main prompt"))]
+    assert others == items[8:-8] and len(others) == 8 + 3
+    assert gpu_timing.items(dry=False, ops=["lora"]) == items[:8] + items[-8:]
+    assert len(gpu_timing.items(dry=True, ops=["lora"])) == 2 * len(DRY_CASES)
+    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1
 
 
 def test_outcomes_are_read_from_junit_or_from_the_log(tmp_path: Path) -> None:
@@ -163,7 +204,7 @@ def test_a_crash_costs_the_item_it_happened_at(tmp_path: Path, monkeypatch) -> N
         "state['running'] = None\n"
         "with open(path, 'w') as file: json.dump(state, file)\n"
     )
-    monkeypatch.setattr(gpu_timing, "items", lambda dry: ["main a", "main b", "main c"])
+    monkeypatch.setattr(gpu_timing, "items", lambda dry, ops: ["main a", "main b", "main c"])
     report = gpu_report.Report(tmp_path, dry=True)
     stage = report.stage
     monkeypatch.setattr(
@@ -241,23 +282,6 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> None:
-    plugin = tmp_path / "break_fused.py"
-    plugin.write_text(
-        "from dataclasses import replace\nfrom bench import baselines\n"
-        "from tests.bench.problems import SCALED\n"
-        "baselines.FUSED = replace(SCALED, name='fused')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "bench/test_lora_benchmark.py", "-q",
-            "--lora-cases", "tiny", "--benchmark-disable", "-p", "break_fused",
-            "-p", "no:cacheprovider", "-p", "no:xdist",
-        ],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "4 failed, 12 passed" in done.stdout
-    assert done.stdout.count("fused fails the numerics gate: y error") >= 4
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_report.main(["lora", "nothing"]) == 2
+    assert "methods are lora, adapter, prompt" in capsys.readouterr().err

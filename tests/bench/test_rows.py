@@ -1,31 +1,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import tables
-from bench.baselines import EAGER, FACTORED, FROZEN, FUSED, Provider
-from bench.cases import CPU_CASES, HOST_CASES, MEMORY_CASE, REPORT_CASES, LoRACase
 from bench.hosttime import profile_host
-from bench.measure import Timing
+from bench.lora.baselines import EAGER, FACTORED, FROZEN, FUSED
+from bench.lora.cases import CPU_CASES, HOST_CASES, MEMORY_CASE, REPORT_CASES, LoRACase
+from bench.method import BOTH, FORWARD, OURS, Provider
 from bench.rows import (
-    BOTH,
     FAILED,
-    FORWARD,
     NOT_RUN,
     TIMED,
     PeakTable,
     Row,
     guarded,
     measure_case,
+    plain,
     row_of,
     saved_row,
 )
-from bench.targets import OURS, Figure, figures, geometric_mean
-from tests.bench.problems import DROPPED, RAISES, SCALED, SMALL
+from bench.targets import figures, geometric_mean
+from tests.bench.problems import DROPPED, RAISES, SCALED, SMALL, figure_of, timed_row
 
 CPU = torch.device("cpu")
 ABSENT = Provider("absent", EAGER.build, why_not=lambda problem: "not on this machine")
@@ -71,7 +70,7 @@ def test_table_prints_failed_with_the_comparison_and_no_time(rows: list[Row]) ->
 
 
 def test_rows_survive_json(rows: list[Row]) -> None:
-    again = [row_of(json.loads(json.dumps(asdict(row)))) for row in rows]
+    again = [row_of(json.loads(json.dumps(plain(row)))) for row in rows]
     assert again == rows
 
 
@@ -104,25 +103,17 @@ def test_host_profile_names_our_own_function() -> None:
 
 
 def _row(case: LoRACase, direction: str, x_frozen: float, x_eager: float) -> Row:
-    timing = Timing(x_frozen, x_frozen, x_frozen, x_frozen, 9)
-    return Row(
-        case, direction, OURS, TIMED, timing=timing, ratio_frozen=x_frozen, ratio_eager=x_eager
-    )
-
-
-def _figure(found: list[Figure], *words: str) -> Figure:
-    (one,) = [each for each in found if all(word in each.target for word in words)]
-    return one
+    return timed_row(case, direction, x_eager, x_frozen)
 
 
 def test_figures_say_yes_at_the_limit_and_no_above_it() -> None:
     case = CPU_CASES[0]
     assert case.dtype == "float32" and case.dropout_p == 0
-    at = _figure(figures([_row(case, FORWARD, 1.05, 1.0)]), "fp32", "forward:")
+    at = figure_of(figures([_row(case, FORWARD, 1.05, 1.0)]), "fp32", "forward:")
     assert at.reached is True and at.value == 1.05
     above = figures([_row(case, FORWARD, 1.051, 1.001)])
-    assert _figure(above, "fp32", "forward:").reached is False
-    assert _figure(above, "cpu, forward: x eager").reached is False
+    assert figure_of(above, "fp32", "forward:").reached is False
+    assert figure_of(above, "cpu, forward: x eager").reached is False
     text = tables.figure_table(above)
     assert "NO" in text and "not measured" in text and "yes" not in text
 
@@ -133,18 +124,18 @@ def test_figures_take_the_worst_case_of_their_own_kind() -> None:
     rows = [_row(c, BOTH, ratios[c.dtype, c.dropout_p], 0.9) for c in CPU_CASES]
     rows[-1] = replace(rows[-1], ratio_frozen=1.3)
     found = figures(rows)
-    assert _figure(found, "fp32", "backward").value == 1.01
-    assert _figure(found, "bf16", "backward").value == 1.08
-    dropped = _figure(found, "dropout 0.1", "backward")
+    assert figure_of(found, "fp32", "backward").value == 1.01
+    assert figure_of(found, "bf16", "backward").value == 1.08
+    dropped = figure_of(found, "dropout 0.1", "backward")
     assert (dropped.value, dropped.reached) == (1.3, False)
     assert dropped.detail == f"worst of 4: {CPU_CASES[-1].name}"
-    assert _figure(found, "fp32", "forward:").reached is None
+    assert figure_of(found, "fp32", "forward:").reached is None
 
 
 def test_a_failed_gate_is_a_figure_not_reached() -> None:
     rows = [_row(case, FORWARD, 1.0, 0.9) for case in CPU_CASES]
     rows[0] = Row(rows[0].case, FORWARD, OURS, FAILED, "y error 1 (bound 0)")
-    one = _figure(figures(rows), "fp32", "forward:")
+    one = figure_of(figures(rows), "fp32", "forward:")
     assert one.reached is False and one.value is None and "y error" in one.detail
 
 
@@ -152,10 +143,10 @@ def test_saved_bytes_and_host_figures() -> None:
     saved = Row(MEMORY_CASE, FORWARD, OURS, NOT_RUN, saved_bytes=2**19)
     host = [_row(case, FORWARD, 9.0, 1.2 + 0.1 * case.dropout_p) for case in HOST_CASES]
     found = figures([saved, *host])
-    assert _figure(found, "saved").reached is True
-    assert _figure(found, "host", "forward:").reached is False
+    assert figure_of(found, "saved").reached is True
+    assert figure_of(found, "host", "forward:").reached is False
     more = figures([replace(saved, saved_bytes=2**19 + 1)])
-    assert _figure(more, "saved").reached is False
+    assert figure_of(more, "saved").reached is False
 
 
 def test_gpu_figure_is_the_geometric_mean_over_factored() -> None:
@@ -163,7 +154,7 @@ def test_gpu_figure_is_the_geometric_mean_over_factored() -> None:
     ours = [_row(one, FORWARD, 1.0, 0.5), _row(two, FORWARD, 1.0, 0.5)]
     theirs = [replace(_row(one, FORWARD, 0.5, 1.0), provider="factored")]
     theirs += [replace(_row(two, FORWARD, 4.0, 1.0), provider="factored")]
-    mean = _figure(figures(ours + theirs), "gpu, forward: x factored")
+    mean = figure_of(figures(ours + theirs), "gpu, forward: x factored")
     assert mean.value == pytest.approx((2.0 * 0.25) ** 0.5)
     assert mean.reached is True
     assert geometric_mean([4.0, 9.0]) == pytest.approx(6.0)

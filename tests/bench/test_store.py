@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,12 +123,21 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
         by_suite.setdefault(row["case"]["suite"], []).append(row)
     assert {"cpu", "host", "memory"} <= set(by_suite)
     timed = by_suite["cpu"] + by_suite["host"]
-    assert len(timed) == (8 + 2) * 2 * 4
+    # Cases, directions, providers without torch.compile.
+    rows_of = {"lora": (8 + 2) * 2 * 4, "adapter": (10 + 1) * 2 * 2, "prompt": 6 * 2 * 3}
+    assert Counter(row["op"] for row in timed) == rows_of
     assert all(row["status"] == "timed" and "passed" in str(row["note"]) for row in timed)
-    saved = {row["provider"]: row["saved_bytes"] for row in by_suite["memory"]}
-    assert saved["fused"] == 24 * 8 * 2 + 8
-    assert {each["target"] for each in content["figures"]} >= {"saved for backward beyond x: MiB"}
-    assert len(content["host_profile"]) == 4
+    saved = {
+        row["case"]["name"]: row["saved_bytes"]
+        for row in by_suite["memory"]
+        if row["provider"] == "fused"
+    }
+    # LoRA's s; the adapter's pre-activations, whatever the activation; a seed under dropout.
+    assert sorted(saved.values()) == [24 * 8 * 2, 24 * 8 * 2, 24 * 8 * 2 + 8, 24 * 8 * 2 + 8]
+    targets = {(each["op"], each["target"]) for each in content["figures"]}
+    assert ("lora", "saved for backward beyond x: MiB") in targets
+    assert {op for op, _ in targets} == set(rows_of)
+    assert len(content["host_profile"]) == 4 + 2
     for words in ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path)):
         assert words in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -140,12 +150,25 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     first = run.stderr.readline()
     run.kill()
     run.communicate()
-    assert first.startswith("[cpu 1/8]")
+    assert first.startswith("[cpu 1/24]")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_run_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
-    run = quick_run(tmp_path, "--cases", "no such case")
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == 2 and "no such case" in error
+    for options in (("--cases", "no such case"), ("--op", "no such op")):
+        run = quick_run(tmp_path, *options)
+        _, error = run.communicate(timeout=60)
+        assert run.returncode == 2 and options[1] in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("op", ["lora", "adapter", "prompt"])
+def test_op_measures_that_method_alone(op: str, tmp_path: Path) -> None:
+    run = quick_run(tmp_path, "--op", op, "--suite", "cpu", "--seconds", "0.01")
+    printed, progress = run.communicate(timeout=120)
+    assert run.returncode == 0, progress
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert {row["op"] for row in content["rows"]} == {op}
+    assert {each["op"] for each in content["figures"]} == {op}
+    assert f"\n{op}\n" in printed

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import torch
-
-CPU, GPU, HOST, MEMORY, DRY = "cpu", "gpu", "host", "memory", "dry"
+from bench.method import CPU, DRY, GPU, HOST, MEMORY, SHORT, Case
 
 
 @dataclass(frozen=True)
-class LoRACase:
+class LoRACase(Case):
     """One LoRA linear: x [tokens, in_features] to y [tokens, out_features].
 
     Attributes:
-        name: unique; what tables, JSON and pytest ids show.
-        suite: "cpu", "gpu", "host" (time per call where the arithmetic is nothing), "memory"
-            (bytes saved for backward) or "dry" (the GPU report walked without a GPU).
-        dtype: of every tensor, as torch spells it.
+        name: as in ``Case``, like suite and reported.
+        dtype: of every tensor.
+        rank: r.
         dropout_p: drop probability on the input of A.
         bias: whether the base layer has one.
-        reported: one of the cases that ``make gpu-report`` times.
     """
 
+    op: ClassVar[str] = "lora"
     name: str
     suite: str
     tokens: int
@@ -34,21 +32,13 @@ class LoRACase:
     bias: bool = False
     reported: bool = False
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
 
 def _cpu_cases() -> list[LoRACase]:
     shapes = ((2048, 2048, 2048), (1024, 4096, 4096))
-    short = {"float32": "fp32", "bfloat16": "bf16"}
     return [
-        LoRACase(f"{m}x{k}x{n} {short[dtype]} p{p:g}", CPU, m, k, n, 16, p, dtype)
+        LoRACase(f"{m}x{k}x{n} {SHORT[dtype]} p{p:g}", CPU, m, k, n, 16, p, dtype)
         for m, k, n in shapes
-        for dtype in short
+        for dtype in ("float32", "bfloat16")
         for p in (0.0, 0.1)
     ]
 

@@ -1,51 +1,18 @@
-"""What is measured side by side: each provider turns a problem into a forward call.
-
-``build(problem, keep)`` returns a call without arguments that gives y. With ``keep`` None the
-provider draws its dropout as its users would; with a mask it applies exactly that one, so that the
-numerics gate can compare providers whose random streams differ.
-"""
+"""LoRA's providers: each turns a problem into a forward call."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problem import Problem
-from peft_kernels import explain, lora_linear
+from bench.lora.problem import Problem
+from bench.method import COMPILED as COMPILED_NAME
+from bench.method import Forward, Provider, packaged
+from peft_kernels import lora_linear
 from peft_kernels.core import tiles
-
-Forward = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a case.
-
-    Attributes:
-        name: what tables show.
-        build: from a problem and a dropout mask (or None) to the call that is measured.
-        why_not: the reason why this machine or case cannot run it, or None.
-        frozen: computes the base layer alone: the floor, not a LoRA.
-        around: entered around every call, as for a forced kernel variant.
-        plan: how it would run a problem, where it has a choice.
-        poison: whether the gate may run it in PyTorch's deterministic mode, which fills fresh
-            memory with NaN; a compiled graph would be compiled anew for it.
-    """
-
-    name: str
-    build: Callable[[Problem, Tensor | None], Forward]
-    why_not: Callable[[Problem], str | None] = lambda problem: None
-    frozen: bool = False
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    plan: Callable[[Problem], str | None] = lambda problem: None
-    poison: bool = True
 
 
 def drop(x: Tensor, p: float, keep: Tensor | None) -> Tensor:
@@ -143,42 +110,23 @@ def _compiled(problem: Problem, keep: Tensor | None) -> Forward:
 
 def fused(backend: str | None = None, variant: str | None = None) -> Provider:
     """Return the provider of ``lora_linear`` on a backend (None: the best), on a kernel variant."""
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    if variant is not None:
-        around = functools.partial(tiles.forced_variant, variant)
 
-    def arguments(problem: Problem) -> dict[str, Any]:
-        return {"scale": problem.scale, "dropout_p": problem.case.dropout_p, "backend": backend}
-
-    def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        return problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias
-
-    def build(problem: Problem, keep: Tensor | None) -> Forward:
-        given, options = tensors(problem), arguments(problem)
+    def arguments(
+        problem: Problem, keep: Tensor | None
+    ) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        each = problem
+        options: dict[str, Any] = {"scale": each.scale, "dropout_p": each.case.dropout_p}
         if keep is not None:
-            options["seed"] = problem.seed  # the mask was made from it
-        return lambda: lora_linear(*given, **options)
+            options["seed"] = each.seed  # the mask was made from it
+        return (each.x, each.weight, each.lora_a, each.lora_b, each.bias), options
 
-    def why_not(problem: Problem) -> str | None:
-        found = explain(lora_linear, *tensors(problem), **arguments(problem))
-        if found.backend is None:
-            return found.reasons.get(backend or "", str(found))
-        return None
-
-    def plan(problem: Problem) -> str | None:
-        with around():
-            found = explain(lora_linear, *tensors(problem), **arguments(problem))
-        return f"{found.backend}: {found.plan}" if found.plan else found.backend
-
-    name = (backend or "fused") + (f":{variant}" if variant else "")
-    return Provider(name, build, why_not, around=around, plan=plan)
+    return packaged(lora_linear, arguments, backend, variant)
 
 
 FROZEN = Provider("frozen", _frozen, frozen=True)
 EAGER = Provider("eager", _eager)
 FACTORED = Provider("factored", _factored)
-COMPILED = Provider("compile", _compiled, poison=False)
+COMPILED = Provider(COMPILED_NAME, _compiled, poison=False)
 BASELINES = (FROZEN, EAGER, FACTORED, COMPILED)
-# What a user gets who names no backend.
 FUSED = fused()
 VARIANTS = tuple(fused("triton", variant) for variant in tiles.VARIANTS)

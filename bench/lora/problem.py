@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import LoRACase
+from bench.lora.cases import LoRACase
 from peft_kernels.core.rng import dropout_mask
 
 
@@ -30,10 +30,14 @@ class Problem:
     scale: float
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The tensors that live whether or not backward needs them."""
-        values = (self.weight, self.bias, self.lora_a, self.lora_b)
+    def alive(self) -> tuple[Tensor, ...]:
+        """x, which the layer before or after holds, and the parameters."""
+        values = (self.x, self.weight, self.bias, self.lora_a, self.lora_b)
         return tuple(value for value in values if value is not None)
+
+    def leaves(self, frozen: bool) -> dict[str, Tensor]:
+        """Return what gradients are taken of: in a frozen layer, x alone."""
+        return {"x": self.x} if frozen else {"x": self.x, "a": self.lora_a, "b": self.lora_b}
 
     def keep_mask(self) -> Tensor | None:
         """Return the dropout mask that ``seed`` stands for, bool [M, K]; None without dropout."""

@@ -1,0 +1,1 @@
+"""The bottleneck adapter's cases, problems, providers and figures."""

@@ -1,0 +1,1 @@
+"""LoRA's cases, problems, baselines and figures."""
