@@ -20,7 +20,7 @@ TRITON = pytest.param(
         reason="needs TRITON_INTERPRET=1 (a machine without a GPU) and Triton",
     ),
 )
-BACKENDS = ["reference", TRITON]
+BACKENDS = ["reference", "cpp", TRITON]
 ADAPTERS, ROWS, FEATURES, BOTTLENECK = 4, 90, 40, 5
 SEED = torch.tensor([12345])
 NAMES = ("down_weight", "up_weight", "down_bias", "up_bias")
