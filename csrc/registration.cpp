@@ -115,7 +115,8 @@ pk::Type type(bool bfloat16) { return bfloat16 ? pk::Type::kBFloat16 : pk::Type:
 pk::AdapterCall adapter_call(
     bool bfloat16, int64_t tokens, int64_t features, int64_t rank, uintptr_t x, int64_t x_stride,
     uintptr_t down, uintptr_t up, uintptr_t up_bias, float scale, uintptr_t channels,
-    int64_t activation, uintptr_t seed, uint32_t threshold, float keep_scale, uintptr_t pre) {
+    int64_t activation, uintptr_t seed, uint32_t threshold, float keep_scale, uintptr_t pre,
+    uintptr_t index, int64_t adapters) {
   return {
       .type = type(bfloat16),
       .tokens = tokens,
@@ -133,6 +134,8 @@ pk::AdapterCall adapter_call(
       .threshold = threshold,
       .keep_scale = keep_scale,
       .pre = pointer(pre),
+      .index = static_cast<const int64_t*>(pointer(index)),
+      .adapters = adapters,
   };
 }
 

@@ -1,9 +1,10 @@
 // The activations of a bottleneck and their derivatives, as PyTorch defines them.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
+
+#include "vector_math.h"
 
 namespace pk {
 
@@ -13,50 +14,53 @@ enum class Activation : int64_t {
 };
 
 struct Activated {
-  float value, derivative;
+  vf value, derivative;
 };
 
 // act(x) and act'(x). Loops call it with a constant activation, see with_activation.
-inline __attribute__((always_inline)) Activated activate(Activation activation, float x) {
-  const auto sigmoid = [](float z) { return 1.0f / (1.0f + std::exp(-z)); };
-  switch (activation) {
+PK_INLINE Activated activate(Activation activation, vf x) {
+  const vf zero{}, one = lanes(1.0f);
+  switch (activation) {  // Comparisons are such that a NaN passes through.
     case Activation::kIdentity:
-      return {x, 1.0f};
-    case Activation::kReLU:  // Comparisons are such that a NaN passes through.
-      return {x <= 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f};
+      return {x, one};
+    case Activation::kReLU:
+      return {x <= 0.0f ? zero : x, x <= 0.0f ? zero : one};
     case Activation::kGELU: {
-      const float cdf = 0.5f * (1.0f + std::erf(x * 0.70710678118654752440f));
-      return {x * cdf, cdf + x * 0.39894228040143267794f * std::exp(-0.5f * x * x)};
+      const Normal n = normal(x);
+      return {x * n.below, n.below + x * 0.39894228040143267794f * n.bell};
     }
-    case Activation::kGELUTanh: {
+    case Activation::kGELUTanh: {  // (1 + tanh z) / 2 = sigmoid(2 z), which is 0 or 1 at the bound
       constexpr float kBeta = 0.79788456080286535588f, kCubic = 0.044715f;
-      const float t = std::tanh(kBeta * (x + kCubic * x * x * x));
-      const float inner = kBeta * (1.0f + 3.0f * kCubic * x * x);
-      return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner};
+      const vf z = at_least(at_most(x, 16.0f), -16.0f), square = z * z;
+      const Sigmoid s = sigmoid(2.0f * kBeta * (z + kCubic * square * z));
+      const vf inner = 2.0f * kBeta * (1.0f + 3.0f * kCubic * square);
+      return {x * s.value, s.value + z * s.derivative * inner};
     }
     case Activation::kQuickGELU: {
-      const float s = sigmoid(1.702f * x);
-      return {x * s, s + 1.702f * x * s * (1.0f - s)};
+      const Sigmoid s = sigmoid(1.702f * x);
+      return {x * s.value, s.value + 1.702f * (x * s.derivative)};
     }
     case Activation::kSiLU: {
-      const float s = sigmoid(x);
-      return {x * s, s * (1.0f + x * (1.0f - s))};
+      const Sigmoid s = sigmoid(x);
+      return {x * s.value, s.value + x * s.derivative};
     }
     case Activation::kTanh: {
-      const float t = std::tanh(x);
+      const vf t = hyperbolic_tangent(x);
       return {t, 1.0f - t * t};
     }
     case Activation::kSigmoid: {
-      const float s = sigmoid(x);
-      return {s, s * (1.0f - s)};
+      const Sigmoid s = sigmoid(x);
+      return {s.value, s.derivative};
     }
     case Activation::kLeakyReLU:
-      return {x > 0.0f ? x : 0.01f * x, x > 0.0f ? 1.0f : 0.01f};
+      return {x > 0.0f ? x : 0.01f * x, x > 0.0f ? one : lanes(0.01f)};
     case Activation::kReLU6:
-      return {x <= 0.0f ? 0.0f : x >= 6.0f ? 6.0f : x, x <= 0.0f || x >= 6.0f ? 0.0f : 1.0f};
-    case Activation::kMish: {
-      const float t = std::tanh(x > 20.0f ? x : std::log1p(std::exp(x)));
-      return {x * t, t + x * sigmoid(x) * (1.0f - t * t)};
+      return {x <= 0.0f ? zero : x >= 6.0f ? lanes(6.0f) : x,
+              x <= 0.0f ? zero : x >= 6.0f ? zero : one};
+    case Activation::kMish: {  // tanh(log(1 + e^z)) = n / (n + 2) with n = e^z (e^z + 2), 1 at the bound
+      const vf z = at_most(x, 20.0f), e = exponential(z);
+      const vf n = e * (e + 2.0f), below = 1.0f / (n + 2.0f), t = n / (n + 2.0f);
+      return {x * t, t + 4.0f * (z * (e * (1.0f + e) * below * below))};
     }
   }
   __builtin_unreachable();
@@ -64,7 +68,7 @@ inline __attribute__((always_inline)) Activated activate(Activation activation, 
 
 // run(std::integral_constant<Activation, activation>{}): the choice is made once, not per element.
 template <typename Run>
-inline __attribute__((always_inline)) void with_activation(Activation activation, const Run& run) {
+PK_INLINE void with_activation(Activation activation, const Run& run) {
   switch (activation) {
 #define PK_CASE(name)        \
   case Activation::name:     \

@@ -22,6 +22,10 @@ struct AdapterCall {
   uint32_t threshold;
   float keep_scale;      // 1 / (1 - p)
   void* pre;             // [tokens, rank], contiguous: x down^T + down_bias, made by forward
+  // Many adapters: the one of every row [tokens], none where it is not below `adapters`. The parameters
+  // and their gradients then have the adapter first; scale is one number. Null with one adapter.
+  const int64_t* index;
+  int64_t adapters;
 };
 
 struct AdapterForward : AdapterCall {

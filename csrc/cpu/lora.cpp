@@ -40,28 +40,28 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
   std::vector<Work> v(K::kForwardRows * kDepth), left(K::kForwardRows * ranks);
   std::vector<float> s(K::kForwardRows * ranks);
   std::vector<uint32_t> keep(c.dropout ? K::kForwardRows * kDepth : 0);
+  const Rows all{0, c.tokens, nullptr};
+  const T* x = static_cast<const T*>(c.x.data);
+  T* y = static_cast<T*>(c.y);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * K::kForwardRows;
-    const int64_t rows = std::min(K::kForwardRows, c.tokens - first);
-    const T* x = static_cast<const T*>(c.x.data) + first * c.x.stride;
+    const Rows rows = all.part(block * K::kForwardRows, K::kForwardRows);
     std::fill(s.begin(), s.end(), 0.0f);
     for (int64_t k = 0; k < c.in_features; k += kDepth) {
       const int64_t depth = std::min(kDepth, c.in_features - k);
       K::stage(x + k, c.x.stride, rows, depth, v.data());
       if (c.dropout) {
-        draw_keep(dropout, first, rows, c.in_features, k, keep.data());
-        K::apply_mask(keep.data(), rows, v.data());
+        draw_keep(dropout, rows, c.in_features, k, keep.data());
+        K::apply_mask(keep.data(), rows.count, v.data());
       }
-      K::project(v.data(), plan.p + K::at(k, 0, ranks), rows, depth, ranks, s.data());
+      K::project(v.data(), plan.p + K::at(k, 0, ranks), rows.count, depth, ranks, s.data());
     }
-    T* out = static_cast<T*>(c.s) + first * c.rank;
-    for (int64_t m = 0; m < rows; ++m)
+    T* out = static_cast<T*>(c.s) + rows.first * c.rank;
+    for (int64_t m = 0; m < rows.count; ++m)
       for (int64_t j = 0; j < c.rank; ++j) {
         T& value = out[m * c.rank + j];
         from_float(s[m * ranks + j] * c.factor, &value);
         left[m * ranks + j] = K::work(value);
       }
-    T* y = static_cast<T*>(c.y) + first * c.out_features;
     K::expand(
         left.data(), ranks, plan.q, plan.q_stride,
         {.bias = plan.bias, .before = y, .before_stride = c.out_features}, rows, c.rank,
@@ -94,44 +94,44 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
   float* dbias = plan.dbias + chunk * c.out_features;
   if (c.dbias.data) std::fill_n(dbias, c.out_features, 0.0f);
   const int64_t last = std::min(blocks_of(c.tokens, kRows), (chunk + 1) * plan.blocks_per_chunk);
+  const Rows all{0, c.tokens, nullptr};
+  const T *dy = static_cast<const T*>(c.dy.data), *x = static_cast<const T*>(c.x.data);
   for (int64_t block = chunk * plan.blocks_per_chunk; block < last; ++block) {
     const bool fresh = block == chunk * plan.blocks_per_chunk;
-    const int64_t first = block * kRows, rows = std::min(kRows, c.tokens - first);
+    const Rows rows = all.part(block * kRows, kRows);
     std::fill(s.begin(), s.end(), Work{});
     std::fill(ds.begin(), ds.end(), Work{});
     std::fill(sum.begin(), sum.end(), 0.0f);
-    const T* saved = static_cast<const T*>(c.s) + first * c.rank;
-    for (int64_t m = 0; m < rows; ++m)
+    const T* saved = static_cast<const T*>(c.s) + rows.first * c.rank;
+    for (int64_t m = 0; m < rows.count; ++m)
       for (int64_t j = 0; j < c.rank; ++j)
         s[K::at(m, j, ranks)] = K::work(saved[m * c.rank + j]);
 
-    const T* dy = static_cast<const T*>(c.dy.data) + first * c.dy.stride;
     for (int64_t n = 0; n < c.out_features; n += kDepth) {
       const int64_t depth = std::min(kDepth, c.out_features - n);
       K::stage(dy + n, c.dy.stride, rows, depth, v.data());
-      if (need_ds) K::project(v.data(), plan.p + K::at(n, 0, ranks), rows, depth, ranks, sum.data());
-      if (c.db.data) K::gradient(v.data(), s.data(), rows, depth, ranks, fresh, db + n * ranks);
-      if (c.dbias.data) add_column_sums(v.data(), rows, depth, dbias + n);
+      if (need_ds) K::project(v.data(), plan.p + K::at(n, 0, ranks), rows.count, depth, ranks, sum.data());
+      if (c.db.data) K::gradient(v.data(), s.data(), rows.count, depth, ranks, fresh, db + n * ranks);
+      if (c.dbias.data) add_column_sums(v.data(), rows.count, depth, dbias + n);
     }
     if (!need_ds) continue;
-    for (int64_t m = 0; m < rows; ++m)
+    for (int64_t m = 0; m < rows.count; ++m)
       for (int64_t j = 0; j < c.rank; ++j) {
         T value;
         from_float(sum[m * ranks + j] * c.factor, &value);
         ds[K::at(m, j, ranks)] = ds_left[m * ranks + j] = K::work(value);
       }
 
-    const T* x = static_cast<const T*>(c.x.data) + first * c.x.stride;
     for (int64_t k = 0; k < c.in_features; k += kDepth) {
       const int64_t depth = std::min(kDepth, c.in_features - k);
-      if (c.dropout) draw_keep(dropout, first, rows, c.in_features, k, keep.data());
+      if (c.dropout) draw_keep(dropout, rows, c.in_features, k, keep.data());
       if (c.da.data) {
         K::stage(x + k, c.x.stride, rows, depth, v.data());
-        if (c.dropout) K::apply_mask(keep.data(), rows, v.data());
-        K::gradient(v.data(), ds.data(), rows, depth, ranks, fresh, da + k * ranks);
+        if (c.dropout) K::apply_mask(keep.data(), rows.count, v.data());
+        K::gradient(v.data(), ds.data(), rows.count, depth, ranks, fresh, da + k * ranks);
       }
       if (!c.dx) continue;
-      T* dx = static_cast<T*>(c.dx) + first * c.in_features + k;
+      T* dx = static_cast<T*>(c.dx) + k;
       K::expand(
           ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride,
           {.keep = c.dropout ? keep.data() : nullptr,
@@ -189,7 +189,7 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
   plan.da_rows = call.da.data ? round_up(call.in_features, kGradientRows) : 0;
   plan.db_rows = call.db.data ? round_up(call.out_features, kGradientRows) : 0;
   const int64_t part = (plan.da_rows + plan.db_rows) * ranks * static_cast<int64_t>(sizeof(float));
-  const Chunks split = chunks_of(call.tokens, K::kRows, part);
+  const Chunks split = chunks_of(call.tokens, call.tokens, K::kRows, part);
   plan.chunks = split.count;
   plan.blocks_per_chunk = split.blocks_per_chunk;
   const auto da = uninitialized<float>(plan.chunks * plan.da_rows * ranks);

@@ -78,7 +78,7 @@ PK_INLINE void add_scaled(float factor, const float* v, int64_t count, float* to
 PK_INLINE void drop_row(const Dropout& dropout, int64_t row, int64_t columns, float* v) {
   uint32_t keep[kDepth];
   for (int64_t k = 0; k < columns; k += kDepth) {
-    draw_keep(dropout, row, 1, columns, k, keep);
+    draw_keep(dropout, {row, 1, nullptr}, columns, k, keep);
     for (int64_t i = 0; i < std::min(kDepth, columns - k); ++i) v[k + i] = keep[i] ? v[k + i] : 0.0f;
   }
 }

@@ -28,14 +28,14 @@ constexpr int64_t kColumns = 4 * kLanes;  // Q is padded to a multiple
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
 // What expand does to a sum before it is stored. Every pointer may be null; vectors have one element
-// for each column, matrices point at the first row and column.
+// for each column.
 template <typename T>
 struct Epilogue {
   const float* bias;
-  const uint32_t* keep;  // dropout: all ones or zero
+  const uint32_t* keep;  // dropout: all ones or zero, for the block's rows one after the other
   int64_t keep_stride;
   const float* factor;
-  const T* before;
+  const T* before;  // row 0 of what `rows` counts in
   int64_t before_stride;
 };
 
@@ -74,15 +74,16 @@ struct Portable {
   static PK_INLINE float work(T value) { return to_float(value); }
   static PK_INLINE float from(float value) { return value; }  // of a value that T can hold
 
-  // V[rows, kDepth] = rows x columns of x, zero beyond `depth` and in the rows of the last strip.
-  static PK_INLINE void stage(const T* x, int64_t stride, int64_t rows, int64_t depth, float* v) {
-    for (int64_t m = 0; m < rows; ++m) {
-      const T* in = x + m * stride;
+  // V[rows.count, kDepth] = rows of x, zero beyond `depth` and in the rows of the last strip.
+  static PK_INLINE void stage(
+      const T* x, int64_t stride, const Rows& rows, int64_t depth, float* v) {
+    for (int64_t m = 0; m < rows.count; ++m) {
+      const T* in = x + rows[m] * stride;
       float* out = v + m * kDepth;
       for (int64_t k = 0; k < depth; ++k) out[k] = to_float(in[k]);
       for (int64_t k = depth; k < kDepth; ++k) out[k] = 0.0f;
     }
-    std::fill(v + rows * kDepth, v + kRows * kDepth, 0.0f);
+    std::fill(v + rows.count * kDepth, v + kRows * kDepth, 0.0f);
   }
 
   // Zero the dropped elements of V; keep[m, k] holds all ones or zero.
@@ -137,15 +138,15 @@ struct Portable {
     }
   }
 
-  // Y[rows, columns] = S Q and the epilogue. Q is [ranks, q_stride], q_stride a multiple of kColumns,
+  // Rows of Y, `columns` wide, = S Q and the epilogue. Q is [ranks, q_stride], q_stride a multiple of kColumns,
   // zero beyond `columns`, as are the epilogue's vectors; S has row stride s_stride.
   static PK_INLINE void expand(
       const float* s, int64_t s_stride, const float* q, int64_t q_stride, const Epilogue<T>& after,
-      int64_t rows, int64_t ranks, int64_t columns, T* y, int64_t y_stride) {
+      const Rows& rows, int64_t ranks, int64_t columns, T* y, int64_t y_stride) {
     constexpr int64_t kWide = 2 * kLanes;
     for (int64_t n = 0; n < columns; n += kWide) {
       const int64_t count = std::min(kWide, columns - n);
-      for (int64_t m = 0; m < rows; m += kStrip) {
+      for (int64_t m = 0; m < rows.count; m += kStrip) {
         float tile[kStrip * kWide];
         for (int64_t j0 = 0; j0 < ranks; j0 += kChain) {
           vf low[kStrip] = {}, high[kStrip] = {};
@@ -170,9 +171,10 @@ struct Portable {
             store(tile + i * kWide + kLanes, high[i]);
           }
         }
-        const int64_t valid = std::min(kStrip, rows - m);
+        const int64_t valid = std::min(kStrip, rows.count - m);
         for (int64_t i = 0; i < valid; ++i) {
           float* line = tile + i * kWide;
+          const int64_t row = rows[m + i];
           if (after.keep) {
             const uint32_t* mask = after.keep + (m + i) * after.keep_stride + n;
             for (int64_t c = 0; c < kWide; ++c) {
@@ -182,9 +184,9 @@ struct Portable {
               std::memcpy(line + c, &bits, sizeof(bits));
             }
           }
-          const T* before = after.before ? after.before + (m + i) * after.before_stride + n : nullptr;
+          const T* before = after.before ? after.before + row * after.before_stride + n : nullptr;
           const float* factor = after.factor ? after.factor + n : nullptr;
-          T* out = y + (m + i) * y_stride + n;
+          T* out = y + row * y_stride + n;
           if (count == kWide) {
             store_row(line, factor, before, kWide, out);
           } else {

@@ -89,16 +89,16 @@ PK_NATIVE_INLINE __mmask32 first(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// Store 32 columns of float32, or the first `count`, after the epilogue.
+// Store 32 columns of a row, the block's `place`-th, or the first `count`, after the epilogue.
 PK_NATIVE_INLINE void store_row(
-    __m512 low, __m512 high, const Epilogue<bfloat16>& after, int64_t row, int64_t column,
-    int64_t count, bfloat16* y) {
+    __m512 low, __m512 high, const Epilogue<bfloat16>& after, int64_t place, int64_t row,
+    int64_t column, int64_t count, bfloat16* y) {
   if (after.bias) {
     low = _mm512_add_ps(low, _mm512_loadu_ps(after.bias + column));
     high = _mm512_add_ps(high, _mm512_loadu_ps(after.bias + column + kLanes));
   }
   if (after.keep) {
-    const uint32_t* keep = after.keep + row * after.keep_stride + column;
+    const uint32_t* keep = after.keep + place * after.keep_stride + column;
     low = _mm512_and_ps(low, _mm512_loadu_ps(keep));
     high = _mm512_and_ps(high, _mm512_loadu_ps(keep + kLanes));
   }
@@ -125,15 +125,17 @@ PK_NATIVE_INLINE void store_row(
 }  // namespace
 
 PK_NATIVE void NativeBFloat16::stage(
-    const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v) {
-  for (int64_t m = 0; m < rows; ++m)
+    const bfloat16* x, int64_t stride, const Rows& rows, int64_t depth, bfloat16* v) {
+  for (int64_t m = 0; m < rows.count; ++m) {
+    const bfloat16* row = x + rows[m] * stride;
     for (int64_t k = 0; k < kDepth; k += 32) {
-      const bfloat16* from = x + m * stride + k;
-      prefetch(from + kDepth);  // of the next block
-      _mm512_storeu_si512(v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), from));
+      prefetch(row + k + kDepth);  // of the next block
+      _mm512_storeu_si512(v + m * kDepth + k, _mm512_maskz_loadu_epi16(first(depth - k), row + k));
     }
+  }
   // The tiles take kStrip or twice as many rows.
-  std::memset(v + rows * kDepth, 0, (round_up(rows, 2 * kStrip) - rows) * kDepth * sizeof(bfloat16));
+  const int64_t filled = round_up(rows.count, 2 * kStrip);
+  std::memset(v + rows.count * kDepth, 0, (filled - rows.count) * kDepth * sizeof(bfloat16));
 }
 
 PK_NATIVE void NativeBFloat16::apply_mask(const uint32_t* keep, int64_t rows, bfloat16* v) {
@@ -178,12 +180,12 @@ PK_NATIVE void NativeBFloat16::gradient(
 
 PK_NATIVE void NativeBFloat16::expand(
     const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
-    const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
+    const Epilogue<bfloat16>& after, const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y,
     int64_t y_stride) {
   constexpr int R = 4, C = 4;
   alignas(64) bfloat16 copy[kCopied * kColumns * 2];
   const int64_t count = (ranks + 1) / 2;
-  const bool copied = count <= kCopied && rows > R;
+  const bool copied = count <= kCopied && rows.count > R;
   for (int64_t n = 0; n < columns; n += kColumns) {
     const bfloat16* tile = q + 2 * n;
     // Rows of Q lie a power of two apart as a rule: they would evict each other for every strip.
@@ -191,14 +193,16 @@ PK_NATIVE void NativeBFloat16::expand(
       std::memcpy(copy + j * kColumns * 2, tile + j * q_stride * 2, kColumns * 2 * sizeof(bfloat16));
     if (copied) tile = copy;
     const int64_t stride = copied ? kColumns : q_stride;
-    for (int64_t m = 0; m < rows; m += R) {
+    for (int64_t m = 0; m < rows.count; m += R) {
+      int64_t row[R];
+      PK_UNROLL for (int i = 0; i < R; ++i) row[i] = rows[std::min(m + i, rows.count - 1)];
       PK_UNROLL for (int i = 0; i < R; ++i) {  // the next columns: rows lie pages apart
         const int64_t column = n + kColumns;
-        prefetch(y + (m + i) * y_stride + column);
-        prefetch(y + (m + i) * y_stride + column + 32);
+        prefetch(y + row[i] * y_stride + column);
+        prefetch(y + row[i] * y_stride + column + 32);
         if (after.before) {
-          prefetch(after.before + (m + i) * after.before_stride + column);
-          prefetch(after.before + (m + i) * after.before_stride + column + 32);
+          prefetch(after.before + row[i] * after.before_stride + column);
+          prefetch(after.before + row[i] * after.before_stride + column + 32);
         }
       }
       __m512 acc[R][C] = {};
@@ -213,13 +217,13 @@ PK_NATIVE void NativeBFloat16::expand(
         }
       }
       PK_UNROLL for (int i = 0; i < R; ++i) {
-        if (m + i >= rows) break;
+        if (m + i >= rows.count) break;
         PK_UNROLL for (int c = 0; c < C; c += 2) {
           const int64_t column = n + c * kLanes;
           if (column >= columns) break;
           store_row(
-              acc[i][c], acc[i][c + 1], after, m + i, column, columns - column,
-              y + (m + i) * y_stride + column);
+              acc[i][c], acc[i][c + 1], after, m + i, row[i], column, columns - column,
+              y + row[i] * y_stride + column);
         }
       }
     }

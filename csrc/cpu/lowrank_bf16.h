@@ -28,7 +28,7 @@ struct NativeBFloat16 {
   }
 
   PK_NATIVE static void stage(
-      const bfloat16* x, int64_t stride, int64_t rows, int64_t depth, bfloat16* v);
+      const bfloat16* x, int64_t stride, const Rows& rows, int64_t depth, bfloat16* v);
   PK_NATIVE static void apply_mask(const uint32_t* keep, int64_t rows, bfloat16* v);
   PK_NATIVE static void project(
       const bfloat16* v, const bfloat16* p, int64_t rows, int64_t depth, int64_t ranks, float* s);
@@ -37,7 +37,7 @@ struct NativeBFloat16 {
       float* g);
   PK_NATIVE static void expand(
       const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
-      const Epilogue<bfloat16>& after, int64_t rows, int64_t ranks, int64_t columns, bfloat16* y,
+      const Epilogue<bfloat16>& after, const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y,
       int64_t y_stride);
 };
 #endif

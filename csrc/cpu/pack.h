@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <memory>
+#include <vector>
 
 #include "lowrank.h"
 
@@ -15,19 +16,27 @@ std::unique_ptr<T[]> uninitialized(int64_t count) {
   return std::unique_ptr<T[]>(new T[count]);
 }
 
-// A P or Q of K, [rows, columns] with column stride `stride`, zeros beyond: element (i, j) is
-// from[i * row_step + j * column_step].
+// How many elements `packed` makes of one matrix.
+PK_INLINE int64_t packed_size(int64_t rows, int64_t stride) { return round_up(rows, 2) * stride; }
+
+// P or Q of K, [rows, columns] with column stride `stride`, zeros beyond: element (i, j) is
+// from[i * row_step + j * column_step]. Of many such matrices at `from`, those that `numbers` names.
 template <typename K>
 std::unique_ptr<typename K::Work[]> packed(
     const void* from, int64_t row_step, int64_t column_step, int64_t rows, int64_t columns,
-    int64_t stride) {
+    int64_t stride, const std::vector<int64_t>& numbers = {0}) {
   using Work = typename K::Work;
   constexpr int64_t kHigh = 32, kWide = 256;
-  const auto* in = static_cast<const typename K::Element*>(from);
   const int64_t height = round_up(rows, 2), across = (stride + kWide - 1) / kWide;
-  auto to = uninitialized<Work>(height * stride);
+  const int64_t size = packed_size(rows, stride), each = (height + kHigh - 1) / kHigh * across;
+  const int64_t matrices = static_cast<int64_t>(numbers.size());
+  const int64_t count = each * matrices, total = size * matrices;
+  auto all = uninitialized<Work>(total);
   const auto tiles = [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t place = at / each, tile = at % each;
+      const auto* in = static_cast<const typename K::Element*>(from) + numbers[place] * rows * columns;
+      Work* to = all.get() + place * size;
       const int64_t i0 = tile / across * kHigh, j0 = tile % across * kWide;
       const int64_t i1 = std::min(height, i0 + kHigh), j1 = std::min(stride, j0 + kWide);
       const int64_t filled = std::max(j0, std::min(columns, j1));
@@ -44,13 +53,12 @@ std::unique_ptr<typename K::Work[]> packed(
       }
     }
   };
-  const int64_t count = (height + kHigh - 1) / kHigh * across;
-  if (height * stride <= kHigh * kWide) {
+  if (total <= kHigh * kWide) {
     tiles(0, count);
   } else {
     torch::stable::parallel_for(0, count, 1, tiles);
   }
-  return to;
+  return all;
 }
 
 }  // namespace pk

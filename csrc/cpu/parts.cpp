@@ -34,11 +34,12 @@ void write_tile(
 
 }  // namespace
 
-Chunks chunks_of(int64_t rows, int64_t block_rows, int64_t part_bytes) {
+Chunks chunks_of(int64_t rows, int64_t all_rows, int64_t block_rows, int64_t part_bytes) {
   // Without rows one chunk is left, whose sums are zero.
   const int64_t blocks = std::max<int64_t>(1, (rows + block_rows - 1) / block_rows);
   const int64_t fitting = part_bytes ? kPartialBytes / part_bytes : kChunks;
-  const int64_t wanted = std::max<int64_t>(1, std::min({kChunks, fitting, rows / kFewestRows}));
+  const int64_t of_all = std::min({kChunks, fitting, all_rows / kFewestRows});
+  const int64_t wanted = rows ? std::max<int64_t>(1, of_all * rows / all_rows) : 1;
   const int64_t each = (blocks + wanted - 1) / wanted;
   return {(blocks + each - 1) / each, each};
 }

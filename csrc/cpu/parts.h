@@ -8,12 +8,13 @@
 
 namespace pk {
 
-// How blocks of `block_rows` rows are split: a function of the shapes alone.
+// How blocks of `block_rows` of some rows are split, where all rows of a call are `all_rows`: a function
+// of the shapes alone.
 struct Chunks {
   int64_t count, blocks_per_chunk;
 };
 
-Chunks chunks_of(int64_t rows, int64_t block_rows, int64_t part_bytes);
+Chunks chunks_of(int64_t rows, int64_t all_rows, int64_t block_rows, int64_t part_bytes);
 
 // The first part becomes the sum over all parts [chunks, size], in order.
 void sum_parts(float* parts, int64_t chunks, int64_t size);

@@ -93,17 +93,16 @@ PK_AVX512 void keep_words_avx512(
 }  // namespace
 
 void draw_keep(
-    const Dropout& dropout, int64_t first_row, int64_t rows, int64_t columns, int64_t first_column,
-    uint32_t* keep) {
+    const Dropout& dropout, const Rows& rows, int64_t columns, int64_t first_column, uint32_t* keep) {
   auto* words = keep_words;
 #ifdef PK_AVX512
   if (native_avx512()) words = keep_words_avx512;
 #endif
   const uint64_t groups = static_cast<uint64_t>((columns + 3) / 4);
   const int64_t needed = (std::min(kDepth, columns - first_column) + 3) / 4;
-  for (int64_t m = 0; m < rows; ++m)
+  for (int64_t m = 0; m < rows.count; ++m)
     words(
-        dropout, static_cast<uint64_t>(first_row + m) * groups + first_column / 4, needed,
+        dropout, static_cast<uint64_t>(rows[m]) * groups + first_column / 4, needed,
         keep + m * kDepth);
 }
 

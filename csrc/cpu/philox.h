@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "tensors.h"
+
 namespace pk {
 
 struct Dropout {
@@ -16,11 +18,10 @@ struct Dropout {
 
 constexpr int64_t kDepth = 128;  // columns of a block of an activation
 
-// Write keep[rows, kDepth] for columns [first_column, first_column + kDepth) of an activation of
+// Write keep[rows.count, kDepth] for columns [first_column, first_column + kDepth) of an activation of
 // `columns` columns: 0xFFFFFFFF for kept, 0 for dropped; what lies beyond `columns` is undefined.
 // first_column is a multiple of 4.
 void draw_keep(
-    const Dropout& dropout, int64_t first_row, int64_t rows, int64_t columns, int64_t first_column,
-    uint32_t* keep);
+    const Dropout& dropout, const Rows& rows, int64_t columns, int64_t first_column, uint32_t* keep);
 
 }  // namespace pk

@@ -76,6 +76,7 @@ ADAPTER_GROUPED = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
+        backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend(
             "reference", reference_grouped.forward, reference_grouped.backward, lambda spec: None
         ),

@@ -20,7 +20,7 @@ TRITON = pytest.param(
         reason="needs TRITON_INTERPRET=1 (a machine without a GPU) and Triton",
     ),
 )
-BACKENDS = ["reference", TRITON]
+BACKENDS = ["reference", "cpp", TRITON]
 ADAPTERS, ROWS, FEATURES, BOTTLENECK = 4, 90, 40, 5
 SEED = torch.tensor([12345])
 NAMES = ("down_weight", "up_weight", "down_bias", "up_bias")
@@ -48,7 +48,7 @@ def _index(rows: int = ROWS, unused: int | None = 2) -> Tensor:
     return index if unused is None else index.masked_fill(index == unused, -1)
 
 
-def _leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def leaves_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     return {
         name: (t if dtype is None else t.to(dtype)).detach().requires_grad_()
         for name, t in tensors.items()
@@ -62,7 +62,7 @@ def _loop(
     x = given["x"]
     keep = rng.dropout_mask(SEED, *x.shape, p) if p else torch.ones(x.shape, dtype=torch.bool)
     y = x.clone()
-    for number in range(ADAPTERS):
+    for number in range(len(given["down_weight"])):
         rows = (index == number).nonzero().flatten()
         down, up, down_bias, up_bias = (given[name][number] for name in NAMES)
         hidden = ACTIVATIONS[activation](x[rows] @ down.t() + down_bias)
@@ -71,7 +71,7 @@ def _loop(
     return y
 
 
-def _run(
+def run(
     given: dict[str, Tensor], index: Tensor, dy: Tensor, backend: str | None, p: float = 0.0,
     activation: str = "gelu", scale: float = 1.5,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -91,19 +91,26 @@ def test_every_gradient_passes_gradcheck_in_float64(p: float) -> None:
             x, **dict(zip(NAMES, parameters, strict=True)), index=index, activation="gelu",
             dropout_p=p, seed=SEED if p else None, backend="reference",
         ),
-        list(_leaves(tensors).values()),
+        list(leaves_of(tensors).values()),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", TRITON])  # cpp: test_cpp_grouped.py
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_as_accurate_as_the_eager_loop(backend: str, p: float, dtype: torch.dtype) -> None:
-    tensors, index, dy = _tensors(dtype), _index(), torch.randn(ROWS, FEATURES)
-    found = _run(_leaves(tensors), index, dy, backend, p)
+    check_grouped(_tensors(dtype), _index(), torch.randn(ROWS, FEATURES), backend, p)
+
+
+def check_grouped(
+    tensors: dict[str, Tensor], index: Tensor, dy: Tensor, backend: str, p: float
+) -> dict[str, Tensor]:
+    """Hold y and every gradient to the 1.5x rule against the eager loop; return them."""
+    dtype = tensors["x"].dtype
+    found = run(leaves_of(tensors), index, dy, backend, p)
 
     def loop(kind: torch.dtype) -> dict[str, Tensor]:
-        leaves = _leaves(tensors, kind)
+        leaves = leaves_of(tensors, kind)
         y = _loop(leaves, index, p, "gelu", 1.5)
         gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype).to(kind))
         return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
@@ -111,6 +118,7 @@ def test_as_accurate_as_the_eager_loop(backend: str, p: float, dtype: torch.dtyp
     exact, eager = loop(torch.float64), loop(dtype)
     for name, value in found.items():
         assert_as_accurate_as_eager(name, value, [eager[name]], exact[name], dtype)
+    return found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,7 +138,7 @@ def test_each_row_is_what_its_adapter_alone_gives(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", ["input", "own", None])
 def test_rows_without_an_adapter_are_the_residual(backend: str, residual: str | None) -> None:
-    tensors, index = _leaves(_tensors()), torch.full((ROWS,), -1)
+    tensors, index = leaves_of(_tensors()), torch.full((ROWS,), -1)
     own = torch.randn(ROWS, FEATURES)
     added: Any = own if residual == "own" else residual
     # Half of a sigmoid of nothing must not leak in, nor a bias.
@@ -159,15 +167,15 @@ def test_an_index_by_sample_is_one_by_row_repeated(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str) -> None:
-    tensors, index = _leaves(_tensors(rows=0)), torch.zeros(0, dtype=torch.int64)
-    found = _run(tensors, index, torch.zeros(0, FEATURES), backend)
+    tensors, index = leaves_of(_tensors(rows=0)), torch.zeros(0, dtype=torch.int64)
+    found = run(tensors, index, torch.zeros(0, FEATURES), backend)
     assert found["y"].shape == (0, FEATURES)
     assert all((found[name] == 0).all() for name in NAMES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_output_element_is_written(backend: str, poisoned_allocations: None) -> None:
-    found = _run(_leaves(_tensors()), _index(), torch.randn(ROWS, FEATURES), backend, 0.2)
+    found = run(leaves_of(_tensors()), _index(), torch.randn(ROWS, FEATURES), backend, 0.2)
     assert all(value.isfinite().all() for value in found.values())
     assert all((found[name][2] == 0).all() for name in NAMES)
     assert all((found[name][1] != 0).any() for name in NAMES)
@@ -176,14 +184,14 @@ def test_every_output_element_is_written(backend: str, poisoned_allocations: Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs_repeat_bit_for_bit(backend: str) -> None:
     tensors, index, dy = _tensors(), _index(), torch.randn(ROWS, FEATURES)
-    first, second = (_run(_leaves(tensors), index, dy, backend, 0.2) for _ in range(2))
+    first, second = (run(leaves_of(tensors), index, dy, backend, 0.2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @TRITON.marks[0]
 @pytest.mark.parametrize("bottleneck", [BOTTLENECK, 40])
 def test_one_launch_forward_and_two_backward(launches: list[str], bottleneck: int) -> None:
-    tensors, index = _leaves(_tensors(bottleneck=bottleneck)), _index()
+    tensors, index = leaves_of(_tensors(bottleneck=bottleneck)), _index()
     y = adapter_grouped(**tensors, index=index, backend="triton")
     assert launches == ["_adapter_forward_kernel"]
     y.sum().backward()
@@ -194,7 +202,7 @@ def test_one_launch_forward_and_two_backward(launches: list[str], bottleneck: in
 def test_bottlenecks_above_256_run_as_a_loop() -> None:
     tensors, index, dy = _tensors(rows=9, bottleneck=257), _index(9), torch.randn(9, FEATURES)
     found, expected = (
-        _run(_leaves(tensors), index, dy, backend, 0.2) for backend in ("triton", "reference")
+        run(leaves_of(tensors), index, dy, backend, 0.2) for backend in ("triton", "reference")
     )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
@@ -202,7 +210,7 @@ def test_bottlenecks_above_256_run_as_a_loop() -> None:
 
 def test_float32_parameters_beside_bfloat16_get_float32_gradients() -> None:
     tensors = _tensors(torch.bfloat16, parameter_dtype=torch.float32)
-    found = _run(_leaves(tensors), _index(), torch.randn(ROWS, FEATURES), None)
+    found = run(leaves_of(tensors), _index(), torch.randn(ROWS, FEATURES), None)
     assert found["y"].dtype == found["x"].dtype == torch.bfloat16
     assert all(found[name].dtype == torch.float32 for name in NAMES)
 
@@ -218,18 +226,19 @@ def test_fullgraph_gives_what_eager_gives(p: float) -> None:
         fullgraph=True,
         backend="aot_eager",
     )  # fmt: skip
-    leaves = _leaves(tensors)
+    leaves = leaves_of(tensors)
     y = compiled(leaves)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    expected = _run(_leaves(tensors), index, dy, None, p)
+    expected = run(leaves_of(tensors), index, dy, None, p)
     for value, name in zip((y.detach(), *gradients), expected, strict=True):
         torch.testing.assert_close(value, expected[name])
 
 
 def test_explain_names_the_op_and_its_reasons() -> None:
     said = explain(adapter_grouped, **_tensors(), index=_index())
-    assert said.op == "adapter_grouped" and said.backend == "reference"
-    assert "no cpp backend" in said.reasons["cpp"]
+    assert said.op == "adapter_grouped" and said.backend == "cpp"
+    said = explain(adapter_grouped, **_tensors(torch.float64), index=_index())
+    assert said.backend == "reference" and "float32 and bfloat16" in said.reasons["cpp"]
 
 
 BAD = [
@@ -243,7 +252,7 @@ BAD = [
     ({"down_bias": torch.randn(5)}, ValueError, r"down_bias must have shape \[4, 5\]"),
     ({"scale": torch.ones(4)}, TypeError, "one number for all adapters"),
     ({"activation": "swish"}, ValueError, "activation must be one of relu"),
-    ({"backend": "cpp"}, BackendUnavailable, "adapter_grouped has no cpp backend"),
+    ({"backend": "cuda"}, BackendUnavailable, "adapter_grouped has no cuda backend"),
 ]
 
 
