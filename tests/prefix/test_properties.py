@@ -30,7 +30,7 @@ from tests.prefix.problems import (
 )
 
 BACKENDS = [backend.name for backend in PREFIX_ATTENTION.backends]
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton's interpreter is slow; sizes beyond a tile of its own are in the backends' own tests.
 _MOST = {"triton": 20}
 _EXAMPLES = {"triton": 12, "cuda": 12}
@@ -50,22 +50,22 @@ def _problems(draw: st.DrawFn, dtypes: list[torch.dtype], most: int) -> Problem:
     dtype = draw(st.sampled_from(dtypes))
     length = st.integers(1, most)
     kv_heads = draw(st.integers(1, 3))
-    causal, packed = draw(st.booleans()), draw(st.booleans())
+    causal, packed = draw(st.booleans()), draw(st.sampled_from([False, False, False, True]))
     keys = draw(length)
     queries = draw(st.one_of(st.just(1), st.integers(1, keys if causal else most)))
     lengths = tuple(draw(st.lists(st.integers(0, most // 2), min_size=1, max_size=3)))
     assume(not packed or sum(lengths) > 0)
     given = problem(
-        draw(st.integers(1, 3)),
+        draw(st.sampled_from([2, 3, 1])),
         kv_heads * draw(st.sampled_from([1, 2, 3])),
         kv_heads,
         queries,
         keys,
-        draw(st.one_of(st.integers(0, 9), st.integers(0, most))),
+        draw(st.sampled_from([*range(1, 10), 0, most - 3, most])),
         draw(st.sampled_from([16, 24, 32, 40])),
         dtype=dtype,
         prefix_dtype=draw(st.sampled_from([dtype, torch.float32])) if dtype.itemsize == 2 else None,
-        shared=draw(st.booleans()),
+        shared=draw(st.sampled_from([True, True, False])),
         causal=causal,
         window=draw(st.one_of(st.none(), st.integers(1, most))),
         padding=draw(st.sampled_from([None, "left", "right", "random", "all"])),
@@ -147,15 +147,16 @@ def _check(given: Problem, backend: str) -> None:
     exact = results(eager(given, wide), wide, given.dout, given.dlse)
     found = results(fused(given, own, backend), own, given.dout, given.dlse)
     magnitude, scores = _magnitudes(given)
-    # The float64 measure is rounded too: where float64 is judged, both errors count.
-    unit = torch.finfo(given.query.dtype).eps * (2 if given.query.dtype == torch.float64 else 1)
+    # An error of a score, made of float32 sums, is a relative error of its weight. The float64
+    # measure is rounded too: where float64 is judged, both errors count.
+    unit, wide_unit = (torch.finfo(each).eps for each in (given.query.dtype, given.dlse.dtype))
+    relative = 3 * (unit + scores * wide_unit) * (2 if given.dlse.dtype == torch.float64 else 1)
     assert found.keys() == exact.keys()
     assert torch.equal(found["lse"].isneginf(), exact["lse"].isneginf())
     for name, value in found.items():
         assert value.shape == exact[name].shape, name
         error = (finite(value.double()) - finite(exact[name])).abs()
-        # An error of a score is a relative error of its weight.
-        bound = 3 * unit * (1.0 + scores) * magnitude[name] + 1e-30
+        bound = relative * magnitude[name] + 1e-30
         if given.query.dtype == torch.float16:
             bound = bound + 2**-24 * (1.0 + scores)  # below the normal numbers
         assert (error <= bound).all(), (
@@ -170,7 +171,7 @@ def test_any_call_agrees_with_float64_and_a_dense_mask(backend: str) -> None:
     if not dtypes:
         pytest.skip(f"the {backend} backend does not run here: see python -m peft_kernels env")
 
-    @settings(max_examples=_EXAMPLES.get(backend, 60), deadline=None, derandomize=True)
+    @settings(max_examples=_EXAMPLES.get(backend, 120), deadline=None, derandomize=True)
     @drawn(_problems(dtypes, _MOST.get(backend, 40)))
     def run(given: Problem) -> None:
         assume(_serves(backend, given))
