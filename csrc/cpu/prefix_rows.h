@@ -1,0 +1,55 @@
+// What happens to a tile of scores between its products, row by row in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "philox.h"
+#include "vec.h"
+
+namespace pk {
+
+// Scores of a block of rows against a block of keys, and which of them count.
+struct ScoreTile {
+  float* scores;             // [rows, kDepth]
+  int64_t rows, width;       // width: a multiple of kLanes, at most kDepth
+  int64_t first_key;         // the tile's first column in the numbering of begin and end
+  const int64_t* begin;      // [rows]: a row sees keys [begin, end)
+  const int64_t* end;
+  const uint32_t* key_keep;  // [width], all ones or zero, or null
+  const uint32_t* keep;      // dropout, [rows, kDepth], all ones or zero, or null
+  float keep_scale;
+  float scale;               // of the softmax, times log2 e: exponents are of two
+};
+
+// The running softmax of a block of rows.
+struct Softmax {
+  float* peak;   // [rows]: the largest scaled score so far, times log2 e
+  float* total;  // [rows]: of 2^(score - peak)
+  float* acc;    // [rows, columns]: of 2^(score - peak) value
+  int64_t columns;
+};
+
+// Scores become 2^(scale score - peak), dropped and scaled by dropout, zero where unseen; the running
+// sums are brought to the new peaks, and the total is raised by what was kept or dropped alike.
+void softmax_tile(const ScoreTile& tile, const Softmax& softmax);
+
+// What the gradients of a block of rows need of forward.
+struct RowTerms {
+  const float* lse;     // [rows], times log2 e
+  const float* delta;   // [rows]: d_out out - d_lse
+  const float* factor;  // [rows]: what the attention was multiplied by
+  float scale;          // of the softmax
+};
+
+// Scores become what multiplied the values (probabilities after dropout, times the factor), products
+// [rows, kDepth] (of d_out and the values, or null) the gradient of what was scaled to the scores.
+void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float* products);
+
+// dots[i] += sum_j p[i, j] products[i, j], p after dropout: d_out times the attention's output.
+void dot_tile(const ScoreTile& tile, const RowTerms& terms, const float* products, float* dots);
+
+// a[0, count) b[0, count).
+float dot(const float* a, const float* b, int64_t count);
+float dot(const bfloat16* a, const bfloat16* b, int64_t count);
+
+}  // namespace pk
