@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
+    from peft_kernels.prefix.op import prefix_attention
     from peft_kernels.prompt.layer import PromptEmbedding
     from peft_kernels.prompt.op import PromptOutput, prompt_embedding
 
@@ -38,6 +39,7 @@ _HOMES = {
     "add_adapters": "peft_kernels.models.placement",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
+    "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "add_adapters",
     "explain",
     "lora_linear",
+    "prefix_attention",
     "prompt_embedding",
     "replace",
 ]

@@ -304,9 +304,40 @@ def explain_adapter(
     )
 
 
+def explain_prefix_attention(
+    *,
+    device: str,
+    dtype: str,
+    tokens: int,
+    in_features: int,
+    rank: int,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    **_: int,
+) -> Any:
+    """Return the Explanation of ``prefix_attention`` for these sizes, without allocating them.
+
+    Causal attention of ``tokens`` queries and keys after ``rank`` virtual tokens, with heads of 128
+    features (64 below 2048) that make up ``in_features``; another size means nothing to it.
+    """
+    import torch
+
+    from peft_kernels import explain, prefix_attention
+
+    size = min(in_features, 64 if in_features < 2048 else 128)
+    heads = max(1, in_features // size)
+    values = torch.empty((), device=device, dtype=getattr(torch, dtype))
+    sequence, prefix = values.expand(1, heads, tokens, size), values.expand(heads, rank, size)
+    return explain(
+        prefix_attention, sequence, sequence, sequence, prefix, prefix, causal=True,
+        dropout_p=dropout, backend=backend,
+    )  # fmt: skip
+
+
 # A method that joins the package adds its line here, for `env` and `explain` both.
 EXPLAINED: dict[str, Callable[..., Any]] = {
     "adapter": explain_adapter,
     "lora_linear": explain_lora_linear,
+    "prefix_attention": explain_prefix_attention,
     "prompt_embedding": explain_prompt_embedding,
 }

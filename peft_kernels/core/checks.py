@@ -181,9 +181,9 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def compute_dtype(
-    x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...]
+    x: Tensor, named: dict[str, Tensor | None], exact: tuple[str, ...], of: str = "x"
 ) -> torch.dtype:
-    """Return the dtype to compute in: autocast's where it is on, else that of x.
+    """Return the dtype to compute in: autocast's where it is on, else that of x, named ``of``.
 
     Without autocast the tensors named in ``exact`` must have x's dtype, as ``F.linear`` demands;
     the others, small parameters that are cast for the product, may be wider or narrower but must
@@ -200,12 +200,12 @@ def compute_dtype(
             continue
         if name in exact:
             raise TypeError(
-                f"{name} is {value.dtype} and x is {dtype}: cast one of them, or run under "
+                f"{name} is {value.dtype} and {of} is {dtype}: cast one of them, or run under "
                 f"torch.autocast({device_type!r})"
             )
         if torch.promote_types(value.dtype, dtype) not in (value.dtype, dtype):
             raise TypeError(
-                f"{name} is {value.dtype} and x is {dtype}, which do not mix: cast {name} to "
+                f"{name} is {value.dtype} and {of} is {dtype}, which do not mix: cast {name} to "
                 f"{dtype} or float32"
             )
     return dtype

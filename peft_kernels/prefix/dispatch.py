@@ -1,0 +1,259 @@
+"""Runs one prefix attention call on the backend that serves it.
+
+``run_forward`` and ``run_backward`` bring the tensors into the form that every launcher takes (one
+dtype, a unit inner stride) and hand them to the backend chosen. Under ``torch.compile`` the two are
+opaque ops, so that the choice, the casts and a warning happen inside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels.core import backend as backends
+from peft_kernels.core.library import out_variant_op
+from peft_kernels.core.operands import narrow, packed, widen
+from peft_kernels.prefix import check, reference
+
+
+class PrefixSpec(NamedTuple):
+    """What the choice of a prefix attention backend and variant depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    prefix: int
+    head_size: int
+    shared: bool
+    causal: bool
+    window: bool
+    masked: bool
+    packed: bool
+    gated: bool
+    dropout: bool
+
+
+PREFIX_ATTENTION = backends.Op(
+    "prefix_attention",
+    (backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),),
+)
+
+
+def make_spec(
+    query: Tensor,
+    key: Tensor,
+    prefix_key: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: Tensor | None,
+    causal: bool,
+    window: int | None,
+    dropout: bool,
+    dtype: torch.dtype,
+) -> PrefixSpec:
+    """Return the spec of a call that is computed in ``dtype``."""
+    batch, heads, queries, head_size = query.shape
+    shared = prefix_key.dim() == 3 or prefix_key.shape[0] == 1
+    return PrefixSpec(
+        query.device, dtype, batch, heads, key.shape[1], queries, key.shape[2],
+        prefix_key.shape[-2], head_size, shared, causal, window is not None,
+        key_mask is not None, cu_seqlens is not None, gate is not None, dropout,
+    )  # fmt: skip
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of lse, of the gate and of sums for a dtype computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _unit_inner(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _batched(prefix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a prefix as [1 or B, Hkv, P, d]."""
+    return _unit_inner(prefix if prefix.dim() == 4 else prefix[None], dtype)
+
+
+def _optional(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else packed(value, dtype)
+
+
+def _number(scale: float | Tensor | None, head_size: int) -> float:
+    return head_size**-0.5 if scale is None else float(scale)
+
+
+def _operands(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, gate: Tensor | None, seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the nine tensors that every launcher starts with, in the form that it takes."""
+    return (
+        _unit_inner(query, dtype),
+        _unit_inner(key, dtype),
+        _unit_inner(value, dtype),
+        _batched(prefix_key, dtype),
+        _batched(prefix_value, dtype),
+        _optional(key_mask, torch.bool),
+        _optional(cu_seqlens, torch.int32),
+        _optional(gate, lse_dtype(dtype)),
+        seed,
+    )
+
+
+def run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    scale: float | Tensor | None,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    backend: str | None,
+    out: Tensor,
+    lse: Tensor,
+    prefix_lse: Tensor | None,
+) -> None:
+    """Choose a backend and write out, whose dtype is the one computed in, lse and prefix_lse."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        check.check_offsets(cu_seqlens, key.shape[2])
+    dtype = out.dtype
+    chosen = backends.select(
+        PREFIX_ATTENTION,
+        make_spec(
+            query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None,
+            dtype,
+        ),
+        backend,
+    )  # fmt: skip
+    if lse.numel() == 0:
+        return
+    if key.shape[2] + prefix_key.shape[-2] == 0:
+        out.zero_()
+        for each in (lse, prefix_lse):
+            if each is not None:
+                each.fill_(-torch.inf)
+        return
+    chosen.forward(
+        *_operands(
+            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, dtype
+        ),
+        causal, _number(scale, query.shape[3]), window, dropout_p, out, lse, prefix_lse,
+    )  # fmt: skip
+
+
+def run_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    prefix_lse: Tensor | None,
+    scale: float | Tensor | None,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    backend: str | None,
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    dprefix_key: Tensor | None,
+    dprefix_value: Tensor | None,
+    dgate: Tensor | None,
+) -> None:
+    """Choose a backend and write the gradients that are not None, each in its own dtype."""
+    gradients = (dquery, dkey, dvalue, dprefix_key, dprefix_value, dgate)
+    if lse.numel() == 0 or key.shape[2] + prefix_key.shape[-2] == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    dtype = out.dtype
+    wide = lse_dtype(dtype)
+    chosen = backends.select(
+        PREFIX_ATTENTION,
+        make_spec(
+            query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None,
+            dtype,
+        ),
+        backend,
+    )  # fmt: skip
+    # Under autocast tensors may be of another dtype than what is computed in.
+    written = (
+        *(narrow(each, dtype) for each in gradients[:3]),
+        *(_sums(each, dtype, wide) for each in gradients[3:5]),
+        narrow(dgate, wide),
+    )
+    chosen.backward(
+        _unit_inner(dout, dtype),
+        _optional(dlse, wide),
+        *_operands(
+            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, dtype
+        ),
+        out, lse, prefix_lse, causal, _number(scale, query.shape[3]), window, dropout_p,
+        *written[:3],
+        *(_as_batched(each) for each in written[3:5]),
+        written[5],
+    )  # fmt: skip
+    for computed, gradient in zip(written, gradients, strict=True):
+        widen(computed, gradient)
+
+
+def _sums(gradient: Tensor | None, dtype: torch.dtype, wide: torch.dtype) -> Tensor | None:
+    """Return where a prefix's gradient is written: itself, in the dtype computed in or a wide one.
+
+    Launchers sum in ``wide`` and round once, to either of the two.
+    """
+    if gradient is None or gradient.dtype == dtype:
+        return gradient
+    return narrow(gradient, wide)
+
+
+def _as_batched(gradient: Tensor | None) -> Tensor | None:
+    return gradient[None] if gradient is not None and gradient.dim() == 3 else gradient
+
+
+# A float argument of an op compiles one graph per value, hence the tensor scale in the schemas: on
+# a CPU, where its number is read without waiting for a GPU. None is the scale of nearly every call.
+prefix_forward = out_variant_op(
+    "prefix_forward",
+    run_forward,
+    "(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
+    "Tensor? key_mask, Tensor? cu_seqlens, Tensor? gate, Tensor? seed, Tensor? scale, bool causal, "
+    "SymInt? window, float dropout_p, str? backend, Tensor(a!) out, Tensor(b!) lse, "
+    "Tensor(c!)? prefix_lse) -> ()",
+    ("out", "lse", "prefix_lse"),
+)
+prefix_backward = out_variant_op(
+    "prefix_backward",
+    run_backward,
+    "(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+    "Tensor prefix_value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? gate, Tensor? seed, "
+    "Tensor out, Tensor lse, Tensor? prefix_lse, Tensor? scale, bool causal, SymInt? window, "
+    "float dropout_p, str? backend, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, "
+    "Tensor(d!)? dprefix_key, Tensor(e!)? dprefix_value, Tensor(f!)? dgate) -> ()",
+    ("dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dgate"),
+)
