@@ -54,8 +54,8 @@ pk::PrefixCall call(
 
 void backward(
     const pk::PrefixCall& call, const pk::Heads& d_out, uintptr_t d_lse, uintptr_t d_query,
-    uintptr_t d_key, uintptr_t d_value, uintptr_t d_prefix_key, uintptr_t d_prefix_value,
-    bool d_prefix_bfloat16, uintptr_t d_gate) {
+    uintptr_t d_key, uintptr_t d_value, uintptr_t d_prefix_key, bool d_prefix_key_bfloat16,
+    uintptr_t d_prefix_value, bool d_prefix_value_bfloat16, uintptr_t d_gate) {
   py::gil_scoped_release release;
   pk::prefix_backward(call, pk::PrefixGradients{
       .d_out = d_out,
@@ -63,8 +63,8 @@ void backward(
       .d_query = pointer(d_query),
       .d_key = pointer(d_key),
       .d_value = pointer(d_value),
-      .d_prefix_key = {pointer(d_prefix_key), type(d_prefix_bfloat16)},
-      .d_prefix_value = {pointer(d_prefix_value), type(d_prefix_bfloat16)},
+      .d_prefix_key = {pointer(d_prefix_key), type(d_prefix_key_bfloat16)},
+      .d_prefix_value = {pointer(d_prefix_value), type(d_prefix_value_bfloat16)},
       .d_gate = static_cast<float*>(pointer(d_gate)),
   });
 }
