@@ -1,4 +1,4 @@
-// Two to the power of sixteen lanes.
+// The exponential of sixteen lanes, and sums and maxima over them.
 #pragma once
 
 #include "vec.h"
@@ -20,20 +20,22 @@ PK_INLINE vf select(vi mask, vf a, vf b) {
   return as_floats((as_bits(a) & mask) | (as_bits(b) & ~mask));
 }
 
-// 2^t, relative error below 2 ulp (1.7e-7); zero below 2^-126, NaN for NaN.
-PK_INLINE vf exp2(vf t) {
+// e^x, relative error about one unit in the last place; zero below 2^-126, NaN for NaN.
+PK_INLINE vf exp(vf x) {
   constexpr float kMagic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
-  const vf shifted = t + kMagic;
-  const vf f = t - (shifted - kMagic);  // exact, in [-1/2, 1/2]
-  vf p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  const vf shifted = x * 1.44269504088896340736f + kMagic;
+  const vf n = shifted - kMagic;
+  vf r = x - n * 0.693359375f;  // ln 2 in two parts, so that the remainder is exact
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
   const vf power = as_floats((as_bits(shifted) << 23) + (127 << 23));
-  return masked(p * power, ~(vi)(t < -126.0f));
+  return masked(p * power, ~(vi)(x < -87.3f));
 }
 
 template <int N>

@@ -12,8 +12,6 @@
 namespace pk {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 template <typename K>
 class Backward {
  public:
@@ -86,11 +84,11 @@ class Backward {
     for_each_row([&](Row& row, int64_t head, int64_t query) {
       const int64_t place = place_of(head, query);
       const T* out = static_cast<const T*>(call_.out) + place * call_.head_size;
-      row.lse = call_.lse[place] * kLog2E;
+      row.lse = call_.lse[place];
       row.delta = dot(row_at<T>(to_.d_out, sample_, head, query), out, call_.head_size);
       row.dot = 0.0f;
       row.factor = call_.gate ? std::tanh(call_.gate[head]) : 1.0f;
-      row.prefix_lse = call_.gate ? call_.prefix_lse[place] * kLog2E : row.lse;
+      row.prefix_lse = call_.gate ? call_.prefix_lse[place] : row.lse;
     });
     const std::vector<Segment> prefix = prefix_segments(call_);
     if (call_.gate) {
@@ -182,7 +180,7 @@ class Backward {
         delta[i] = gated ? rows[i].dot : rows[i].delta;
         factor[i] = gated ? rows[i].factor : 1.0f;
       }
-      const RowTerms terms{lse.data(), delta.data(), factor.data(), call_.scale};
+      const RowTerms terms{lse.data(), delta.data(), factor.data()};
       for (int64_t k = visible.begin; k < visible.end; k += kKeyBlock) {
         const int64_t width = round_up(std::min(kKeyBlock, visible.end - k), kLanes);
         const ScoreTile tile = make_scores(segment, block, k, width);
@@ -213,7 +211,7 @@ class Backward {
         .begin = begin_.data(), .end = end_.data(),
         .key_keep = masked_ ? key_keep_.get() + k : nullptr,
         .keep = call_.dropout.active ? keep_.get() : nullptr,
-        .keep_scale = call_.keep_scale, .scale = call_.scale * kLog2E,
+        .keep_scale = call_.keep_scale, .scale = call_.scale,
     };
   }
 

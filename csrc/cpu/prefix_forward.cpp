@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kItems = 64;        // wanted, for threads to share
 constexpr int64_t kFewestRows = 512;  // of an item: fewer would pack keys too often
 constexpr int64_t kMostRows = 2048;   // whose sums stay in the second-level cache
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 int64_t queries_per_item(const PrefixCall& call, const RowBlocks& blocks) {
   const int64_t heads = std::max<int64_t>(1, call.batch * call.kv_heads);
@@ -137,7 +136,7 @@ class Forward {
             .begin = begin_.data(), .end = end_.data(),
             .key_keep = masked_ ? key_keep_.get() + k : nullptr,
             .keep = call_.dropout.active ? keep_.get() : nullptr,
-            .keep_scale = call_.keep_scale, .scale = call_.scale * kLog2E,
+            .keep_scale = call_.keep_scale, .scale = call_.scale,
         },
         {peak_.data() + state, total_.data() + state, acc, sizes_.padded_head});
     const Narrowed p = K::narrow(scores_.get(), rows, width, plain_.get(), nullptr);
@@ -160,7 +159,7 @@ class Forward {
         const int64_t head = kv_head_ * blocks_.group + block.head + row / block.queries;
         const int64_t place = (sample_ * call_.heads + head) * call_.queries + block.query + row % block.queries;
         const float total = total_[state];
-        lse[place] = (peak_[state] + std::log2(total)) * kLn2;
+        lse[place] = static_cast<float>(peak_[state] + std::log(static_cast<double>(total)));
         write(state, head, place, acc_.data() + state * sizes_.padded_head, total == 0.0f ? 0.0f : 1.0f / total);
       }
     }

@@ -1,5 +1,7 @@
 #include "prefix_products.h"
 
+#include <algorithm>
+
 #ifdef PK_NATIVE
 // GCC 12 warns of the deliberately undefined operands inside its own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -9,24 +11,30 @@
 namespace pk {
 namespace {
 
+constexpr int64_t kChain = 32;  // additions in a row: longer chains of float32 lose more
+
 // R rows and C vectors of one panel.
 template <int R, int C, bool kTransposed>
 PK_INLINE void tile(const Product& product, const float* a, const float* b, float* c) {
   const int64_t row = kTransposed ? 1 : product.a_row, step = kTransposed ? product.a_step : 1;
-  vf acc[R][C] = {};
-  for (int64_t r = 0; r < product.depth; ++r) {
-    vf factors[C];
-    PK_UNROLL for (int j = 0; j < C; ++j) factors[j] = load(b + r * kPanel + j * kLanes);
-    PK_UNROLL for (int i = 0; i < R; ++i) {
-      const float value = a[i * row + r * step];
-      PK_UNROLL for (int j = 0; j < C; ++j) acc[i][j] += value * factors[j];
+  for (int64_t first = 0; first < product.depth; first += kChain) {
+    vf acc[R][C] = {};
+    const int64_t last = std::min(product.depth, first + kChain);
+    for (int64_t r = first; r < last; ++r) {
+      vf factors[C];
+      PK_UNROLL for (int j = 0; j < C; ++j) factors[j] = load(b + r * kPanel + j * kLanes);
+      PK_UNROLL for (int i = 0; i < R; ++i) {
+        const float value = a[i * row + r * step];
+        PK_UNROLL for (int j = 0; j < C; ++j) acc[i][j] += value * factors[j];
+      }
     }
+    const bool fresh = product.fresh && first == 0;
+    PK_UNROLL for (int i = 0; i < R; ++i)
+      PK_UNROLL for (int j = 0; j < C; ++j) {
+        float* to = c + i * product.c_stride + j * kLanes;
+        store(to, fresh ? acc[i][j] : load(to) + acc[i][j]);
+      }
   }
-  PK_UNROLL for (int i = 0; i < R; ++i)
-    PK_UNROLL for (int j = 0; j < C; ++j) {
-      float* to = c + i * product.c_stride + j * kLanes;
-      store(to, product.fresh ? acc[i][j] : load(to) + acc[i][j]);
-    }
 }
 
 template <int R, int C, bool kTransposed>

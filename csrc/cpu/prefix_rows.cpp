@@ -75,13 +75,13 @@ PK_CLONES void softmax_tile(const ScoreTile& tile, const Softmax& softmax) {
     const float peak = max_of(peaks), base = peak == kNothing ? 0.0f : peak;
     vf sums = {};
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp2(load(row + j) - base);
+      vf p = exp(load(row + j) - base);
       sums += p;
       if (tile.keep) p = dropped(tile, i, j, p);
       store(row + j, p);
     }
     if (peak != before) {
-      const float factor = exp2(splat(before - base))[0];
+      const float factor = exp(splat(before - base))[0];
       softmax.peak[i] = peak;
       softmax.total[i] *= factor;
       float* acc = softmax.acc + i * softmax.columns;
@@ -100,12 +100,12 @@ PK_CLONES void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float
     if (product) clear_unseen(tile, span, product);
     const float lse = terms.lse[i], delta = terms.delta[i], factor = terms.factor[i];
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp2(load(row + j) * tile.scale - lse) * factor;
+      vf p = exp(load(row + j) * tile.scale - lse) * factor;
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
       if (product) {
         vf dp = load(product + j);
         if (tile.keep) dp = dropped(tile, i, j, dp);
-        store(product + j, p * terms.scale * (dp - delta));
+        store(product + j, p * tile.scale * (dp - delta));
       }
       store(row + j, tile.keep ? dropped(tile, i, j, p) : p);
     }
@@ -118,7 +118,7 @@ PK_CLONES void dot_tile(
     const Span span(tile, i);
     vf sums = {};
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp2(load(tile.scores + i * kDepth + j) * tile.scale - terms.lse[i]);
+      vf p = exp(load(tile.scores + i * kDepth + j) * tile.scale - terms.lse[i]);
       if (tile.keep) p = dropped(tile, i, j, p);
       sums += masked(p * load(products + i * kDepth + j), span.seen(tile, j));
     }

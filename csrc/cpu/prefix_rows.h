@@ -18,27 +18,26 @@ struct ScoreTile {
   const uint32_t* key_keep;  // [width], all ones or zero, or null
   const uint32_t* keep;      // dropout, [rows, kDepth], all ones or zero, or null
   float keep_scale;
-  float scale;               // of the softmax, times log2 e: exponents are of two
+  float scale;               // of the softmax
 };
 
 // The running softmax of a block of rows.
 struct Softmax {
-  float* peak;   // [rows]: the largest scaled score so far, times log2 e
-  float* total;  // [rows]: of 2^(score - peak)
-  float* acc;    // [rows, columns]: of 2^(score - peak) value
+  float* peak;   // [rows]: the largest scaled score so far
+  float* total;  // [rows]: of exp(score - peak)
+  float* acc;    // [rows, columns]: of exp(score - peak) value
   int64_t columns;
 };
 
-// Scores become 2^(scale score - peak), dropped and scaled by dropout, zero where unseen; the running
+// Scores become exp(scale score - peak), dropped and scaled by dropout, zero where unseen; the running
 // sums are brought to the new peaks, and the total is raised by what was kept or dropped alike.
 void softmax_tile(const ScoreTile& tile, const Softmax& softmax);
 
 // What the gradients of a block of rows need of forward.
 struct RowTerms {
-  const float* lse;     // [rows], times log2 e
+  const float* lse;     // [rows]
   const float* delta;   // [rows]: d_out out - d_lse
   const float* factor;  // [rows]: what the attention was multiplied by
-  float scale;          // of the softmax
 };
 
 // Scores become what multiplied the values (probabilities after dropout, times the factor), products
