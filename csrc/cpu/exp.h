@@ -20,6 +20,15 @@ PK_INLINE vf select(vi mask, vf a, vf b) {
   return as_floats((as_bits(a) & mask) | (as_bits(b) & ~mask));
 }
 
+// A product rounded on its own: never the inner half of a fused multiply-add.
+PK_INLINE vf product(vf a, float b) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_assoc_barrier(a * b);
+#else
+  return a * b;
+#endif
+}
+
 // e^x, relative error about one unit in the last place; zero below 2^-126, NaN for NaN.
 PK_INLINE vf exp(vf x) {
   constexpr float kMagic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits

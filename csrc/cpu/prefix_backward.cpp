@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "prefix_parts.h"
+#include "prefix_tiles.h"
 
 namespace pk {
 namespace {
@@ -21,257 +22,233 @@ class Backward {
       : call_(call),
         to_(to),
         plan_(plan),
-        blocks_(call),
-        sizes_(sizes_of<K>(call)),
-        staged_(room(sizes_.keys * sizes_.words)),
-        keys_(room(sizes_.keys * sizes_.words)),
-        values_(room(sizes_.keys * sizes_.words)),
-        key_panels_(room(sizes_.keys / K::kPair * panel_columns())),
-        queries_(room(sizes_.rows * sizes_.words)),
-        d_outs_(room(sizes_.rows * sizes_.words)),
-        query_panels_(room(sizes_.rows / K::kPair * panel_columns())),
-        d_out_panels_(room(sizes_.rows / K::kPair * panel_columns())),
-        scores_(room(sizes_.rows * kDepth)),
-        products_(room(sizes_.rows * kDepth)),
-        plain_(room(K::kPair == 1 ? 0 : sizes_.rows * kDepth / 2)),
-        transposed_(room(K::kPair == 1 ? 0 : sizes_.rows * kDepth / 2)),
-        d_keys_(room(sizes_.keys * sizes_.padded_head)),
-        d_values_(room(sizes_.keys * sizes_.padded_head)),
-        keep_(uninitialized<uint32_t>(call.dropout.active ? sizes_.rows * kDepth : 0)),
-        key_keep_(uninitialized<uint32_t>(sizes_.keys)),
-        begin_(sizes_.rows),
-        end_(sizes_.rows) {
-    rows_.resize(blocks_.count(std::min(plan.queries, call.queries)) * sizes_.rows);
+        tiles_(call, plan.ranges),
+        sizes_(tiles_.sizes),
+        values_(words(sizes_.keys * sizes_.words)),
+        key_panels_(words(sizes_.keys / K::kPair * tiles_.panel_columns)),
+        d_outs_(words(sizes_.rows * sizes_.words)),
+        query_panels_(words(sizes_.rows / K::kPair * tiles_.panel_columns)),
+        d_out_panels_(words(sizes_.rows / K::kPair * tiles_.panel_columns)),
+        products_(words(sizes_.rows * kDepth)),
+        transposed_(words(K::kPair == 1 ? 0 : sizes_.rows * kDepth / 2)),
+        d_keys_(words(sizes_.keys * sizes_.padded_head)),
+        d_values_(words(sizes_.keys * sizes_.padded_head)),
+        lse_(sizes_.rows),
+        delta_(sizes_.rows),
+        factor_(sizes_.rows) {
+    rows_.resize(tiles_.blocks.count(std::min(plan.queries, call.queries)) * sizes_.rows);
     d_query_.resize(to.d_query ? rows_.size() * sizes_.padded_head : 0);
   }
 
   void operator()(int64_t item) {
     query_chunk_ = item % plan_.query_chunks;
-    kv_head_ = item / plan_.query_chunks % call_.kv_heads;
+    tiles_.kv_head = item / plan_.query_chunks % call_.kv_heads;
     const int64_t samples = item / plan_.query_chunks / call_.kv_heads;
-    first_ = query_chunk_ * plan_.queries;
-    last_ = std::min(call_.queries, first_ + plan_.queries);
-    part_ = call_.shared ? samples * plan_.query_chunks + query_chunk_ : query_chunk_;
-    const int64_t end = std::min(call_.batch, (samples + 1) * plan_.samples);
-    for (sample_ = samples * plan_.samples; sample_ < end; ++sample_) {
-      if (!call_.shared || sample_ == samples * plan_.samples) clear_prefix_parts();
+    tiles_.first = query_chunk_ * plan_.queries;
+    tiles_.last = std::min(call_.queries, tiles_.first + plan_.queries);
+    const int64_t begin = samples * plan_.samples;
+    const int64_t end = std::min(call_.batch, begin + plan_.samples);
+    for (int64_t sample = begin; sample < end; ++sample) {
+      tiles_.sample = sample;
+      const int64_t part = call_.shared ? samples * plan_.query_chunks + query_chunk_
+                                        : query_chunk_ * call_.batch + sample;
+      d_prefix_key_ = prefix_part(plan_.d_prefix_key.get(), part);
+      d_prefix_value_ = prefix_part(plan_.d_prefix_value.get(), part);
+      for (float* sums : {d_prefix_key_, d_prefix_value_})
+        if (sums && (!call_.shared || sample == begin))
+          std::fill_n(sums, plan_.padded_prefix * sizes_.padded_head, 0.0f);
       take_sample();
     }
   }
 
  private:
-  // Per row of the item: what the softmax left, of the sequence or of all.
+  // A row's softmax over one range of keys, or over both: lse as forward left it, the sums of the
+  // weighing pass, and the factor and delta of the gradients.
+  struct Softmax {
+    float lse, total, dot, factor, delta;
+  };
   struct Row {
-    float lse, delta, prefix_lse, dot, factor;
+    Softmax sequence, prefix;
   };
 
-  static std::unique_ptr<float[]> room(int64_t words) { return uninitialized<float>(words); }
-  int64_t panel_columns() const { return round_up(sizes_.padded_head, kPanel); }
-  int64_t group_head() const { return kv_head_ * blocks_.group; }
-
-  void clear_prefix_parts() {
-    for (float* parts : {plan_.d_prefix_key.get(), plan_.d_prefix_value.get()})
-      if (parts) std::fill_n(prefix_part(parts), plan_.padded_prefix * sizes_.padded_head, 0.0f);
-  }
-
-  float* prefix_part(float* parts) const {
-    const int64_t sample = call_.shared ? part_ : part_ * call_.batch + sample_;
-    return parts + (sample * call_.kv_heads + kv_head_) * plan_.padded_prefix * sizes_.padded_head;
+  float* prefix_part(float* parts, int64_t part) const {
+    const int64_t matrix = part * call_.kv_heads + tiles_.kv_head;
+    return parts ? parts + matrix * plan_.padded_prefix * sizes_.padded_head : nullptr;
   }
 
   void take_sample() {
-    std::fill(d_query_.begin(), d_query_.end(), 0.0f);
-    for_each_row([&](Row& row, int64_t head, int64_t query) {
-      const int64_t place = place_of(head, query);
-      const T* out = static_cast<const T*>(call_.out) + place * call_.head_size;
-      row.lse = call_.lse[place];
-      row.delta = dot(row_at<T>(to_.d_out, sample_, head, query), out, call_.head_size);
-      row.dot = 0.0f;
-      row.factor = call_.gate ? std::tanh(call_.gate[head]) : 1.0f;
-      row.prefix_lse = call_.gate ? call_.prefix_lse[place] : row.lse;
-    });
     const std::vector<Segment> prefix = prefix_segments(call_);
-    if (call_.gate) {
-      for (const Segment& segment : prefix) each_block(segment, Pass::kDots);
-      for_each_row([&](Row& row, int64_t head, int64_t query) {
-        row.delta -= row.factor * row.dot;
-        if (plan_.dots) plan_.dots[place_of(head, query)] = row.dot;
-      });
+    const std::vector<Segment> sequence =
+        sequence_segments(call_, plan_.ranges, tiles_.first, tiles_.last);
+    take_rows();
+    if (plan_.weighs) {
+      for (const Segment& segment : prefix) weigh(segment);
+      for (const Segment& segment : sequence) weigh(segment);
+      weigh_rows();
     }
-    if (to_.d_lse)
-      for_each_row([&](Row& row, int64_t head, int64_t query) {
-        row.delta -= to_.d_lse[place_of(head, query)];
-      });
-    if (to_.d_query || to_.d_prefix_key.data || to_.d_prefix_value.data)
-      for (const Segment& segment : prefix) each_block(segment, Pass::kGradients);
+    std::fill(d_query_.begin(), d_query_.end(), 0.0f);
+    if (to_.d_query || d_prefix_key_ || d_prefix_value_)
+      for (const Segment& segment : prefix) add_gradients(segment);
     if (to_.d_query || to_.d_key || to_.d_value) {
       int64_t written = 0;
-      for (const Segment& segment : sequence_segments(call_, plan_.ranges, first_, last_)) {
+      for (const Segment& segment : sequence) {
         std::fill_n(d_keys_.get(), segment.padded() * sizes_.padded_head, 0.0f);
         std::fill_n(d_values_.get(), segment.padded() * sizes_.padded_head, 0.0f);
-        each_block(segment, Pass::kGradients);
+        add_gradients(segment);
         write_keys(written, segment.first, nullptr, nullptr);
         written = segment.first + segment.count;
         write_keys(segment.first, written, d_keys_.get(), d_values_.get());
       }
       write_keys(written, call_.keys, nullptr, nullptr);
     }
-    write_queries();
+    if (!to_.d_query) return;
+    tiles_.for_each_row([&](int64_t row, int64_t head, int64_t query) {
+      T* to = static_cast<T*>(to_.d_query) + tiles_.place_of(head, query) * call_.head_size;
+      write_row(d_query_.data() + row * sizes_.padded_head, to);
+    });
   }
 
-  int64_t place_of(int64_t head, int64_t query) const {
-    return (sample_ * call_.heads + head) * call_.queries + query;
+  void take_rows() {
+    tiles_.for_each_row([&](int64_t row, int64_t head, int64_t query) {
+      const int64_t place = tiles_.place_of(head, query);
+      const T* out = static_cast<const T*>(call_.out) + place * call_.head_size;
+      const T* d_out = row_at<T>(to_.d_out, tiles_.sample, head, query);
+      const float d_lse = to_.d_lse ? to_.d_lse[place] : 0.0f;
+      const float delta = plan_.weighs ? 0.0f : dot(d_out, out, call_.head_size) - d_lse;
+      rows_[row].sequence = {call_.lse[place], 0.0f, 0.0f, 1.0f, delta};
+      rows_[row].prefix = rows_[row].sequence;
+      if (call_.gate) rows_[row].prefix.lse = call_.prefix_lse[place];
+    });
   }
 
-  template <typename Visit>
-  void for_each_row(const Visit& visit) {
-    for (int64_t index = 0; index < blocks_.count(last_ - first_); ++index) {
-      const RowBlock block = blocks_.at(index, first_, last_);
-      for (int64_t row = 0; row < block.rows(); ++row)
-        visit(
-            rows_[index * sizes_.rows + row], group_head() + block.head + row / block.queries,
-            block.query + row % block.queries);
-    }
+  // The sums of the weighing pass become factor and delta.
+  void weigh_rows() {
+    tiles_.for_each_row([&](int64_t at, int64_t head, int64_t query) {
+      Row& row = rows_[at];
+      const int64_t place = tiles_.place_of(head, query);
+      if (!call_.gate) {
+        row.prefix.total = row.sequence.total += row.prefix.total;
+        row.prefix.dot = row.sequence.dot += row.prefix.dot;
+      }
+      for (Softmax* softmax : {&row.sequence, &row.prefix}) {
+        softmax->factor = softmax->total == 0.0f ? 0.0f : 1.0f / softmax->total;
+        softmax->delta = softmax->dot * softmax->factor;
+      }
+      if (plan_.dots) plan_.dots[place] = row.prefix.delta;
+      if (to_.d_lse) row.sequence.delta -= to_.d_lse[place];
+      if (call_.gate) {
+        row.prefix.factor *= std::tanh(call_.gate[head]);
+      } else {
+        row.prefix.delta = row.sequence.delta;
+      }
+    });
   }
-
-  enum class Pass { kDots, kGradients };
 
   void pack(const Segment& segment) {
-    const Heads& key = segment.prefix ? call_.prefix_key : call_.key;
-    const Heads& value = segment.prefix ? call_.prefix_value : call_.value;
-    const uint32_t* keep = nullptr;
-    masked_ = !segment.prefix && call_.key_mask;
-    if (masked_) {
-      fill_key_keep(call_, segment, sample_, key_keep_.get());
-      keep = key_keep_.get();
-    }
-    const int64_t padded = segment.padded();
-    const auto stage = [&](const Heads& from) {
-      K::stage(
-          row_at<T>(from, sample_, kv_head_, segment.first), from.row, segment.count,
-          call_.head_size, padded, sizes_.words, keep, staged_.get());
-    };
-    stage(key);
-    transpose_to_panels(staged_.get(), padded, sizes_.words, keys_.get());
-    if (to_.d_query) K::to_panels(staged_.get(), padded, sizes_.words, key_panels_.get());
-    stage(value);
-    transpose_to_panels(staged_.get(), padded, sizes_.words, values_.get());
+    tiles_.pack_keys(segment);
+    if (to_.d_query)
+      K::to_panels(tiles_.staged.get(), segment.padded(), sizes_.words, key_panels_.get());
+    tiles_.stage(segment.prefix ? call_.prefix_value : call_.value, segment);
+    transpose_to_panels(tiles_.staged.get(), segment.padded(), sizes_.words, values_.get());
   }
 
-  void each_block(const Segment& segment, Pass pass) {
-    pack(segment);
-    std::vector<float> lse(sizes_.rows), delta(sizes_.rows), factor(sizes_.rows);
-    for (int64_t index = 0; index < blocks_.count(last_ - first_); ++index) {
-      const RowBlock block = blocks_.at(index, first_, last_);
-      const Visible visible = visible_in(segment, plan_.ranges, block);
-      if (visible.begin >= visible.end) continue;
-      const auto stage = [&](const Heads& from, float* rows, float* panels) {
-        stage_block<K>(from, block, sample_, group_head(), call_.head_size, sizes_, rows);
-        K::to_panels(rows, sizes_.rows, sizes_.words, panels);
-      };
-      stage(call_.query, queries_.get(), query_panels_.get());
-      stage(to_.d_out, d_outs_.get(), d_out_panels_.get());
-      fill_row_ranges(
-          call_, segment, plan_.ranges, block, sizes_.rows, begin_.data(), end_.data());
-      Row* rows = rows_.data() + index * sizes_.rows;
-      const bool gated = segment.prefix && call_.gate;
-      for (int64_t i = 0; i < block.rows(); ++i) {
-        lse[i] = segment.prefix ? rows[i].prefix_lse : rows[i].lse;
-        delta[i] = gated ? rows[i].dot : rows[i].delta;
-        factor[i] = gated ? rows[i].factor : 1.0f;
-      }
-      const RowTerms terms{lse.data(), delta.data(), factor.data()};
-      for (int64_t k = visible.begin; k < visible.end; k += kKeyBlock) {
-        const int64_t width = round_up(std::min(kKeyBlock, visible.end - k), kLanes);
-        const ScoreTile tile = make_scores(segment, block, k, width);
-        if (pass == Pass::kDots) {
-          make_products(tile, k);
-          std::fill(delta.begin(), delta.end(), 0.0f);
-          dot_tile(tile, terms, products_.get(), delta.data());
-          for (int64_t i = 0; i < block.rows(); ++i) rows[i].dot += delta[i];
-        } else {
-          add_gradients(segment, tile, terms, index, k);
-        }
-      }
-    }
+  Softmax& softmax_of(const Segment& segment, int64_t row) {
+    return segment.prefix ? rows_[row].prefix : rows_[row].sequence;
   }
 
-  ScoreTile make_scores(const Segment& segment, const RowBlock& block, int64_t k, int64_t width) {
-    const int64_t first_key = segment.first + k, rows = round_up(block.rows(), kRowStep);
-    K::multiply({
-        .a = queries_.get(), .a_row = sizes_.words, .a_step = 1,
-        .b = keys_.get() + k * sizes_.words, .b_panel = sizes_.words * kPanel,
-        .c = scores_.get(), .c_stride = kDepth,
-        .rows = rows, .columns = width, .depth = sizes_.words, .fresh = true,
-    });
-    if (call_.dropout.active)
-      draw_block(call_, segment, block, sample_, kv_head_, first_key, keep_.get());
-    return {
-        .scores = scores_.get(), .rows = rows, .width = width, .first_key = first_key,
-        .begin = begin_.data(), .end = end_.data(),
-        .key_keep = masked_ ? key_keep_.get() + k : nullptr,
-        .keep = call_.dropout.active ? keep_.get() : nullptr,
-        .keep_scale = call_.keep_scale, .scale = call_.scale,
-    };
+  void open_block(const Segment& segment, const RowBlock& block, int64_t index) {
+    tiles_.stage_rows(to_.d_out, block, d_outs_.get());
+    for (int64_t i = 0; i < block.rows(); ++i) {
+      const Softmax& softmax = softmax_of(segment, index * sizes_.rows + i);
+      lse_[i] = softmax.lse;
+      delta_[i] = softmax.delta;
+      factor_[i] = softmax.factor;
+    }
   }
 
   // d_out times the values.
   void make_products(const ScoreTile& tile, int64_t k) {
-    K::multiply({
-        .a = d_outs_.get(), .a_row = sizes_.words, .a_step = 1,
-        .b = values_.get() + k * sizes_.words, .b_panel = sizes_.words * kPanel,
-        .c = products_.get(), .c_stride = kDepth,
-        .rows = tile.rows, .columns = tile.width, .depth = sizes_.words, .fresh = true,
-    });
+    tiles_.multiply_keys(d_outs_.get(), tile.rows, values_.get(), k, tile.width, products_.get());
   }
 
-  void add_gradients(
-      const Segment& segment, const ScoreTile& tile, const RowTerms& terms, int64_t index,
-      int64_t k) {
-    const bool wants_key = segment.prefix ? to_.d_prefix_key.data : to_.d_key;
-    const bool wants_value = segment.prefix ? to_.d_prefix_value.data : to_.d_value;
-    const bool wants_scores = wants_key || to_.d_query;
+  void weigh(const Segment& segment) {
+    pack(segment);
+    tiles_.for_each_tile(
+        segment,
+        [&](const RowBlock& block, int64_t index) { open_block(segment, block, index); },
+        [&](const ScoreTile& tile, int64_t index, int64_t k) {
+          make_products(tile, k);
+          weigh_tile(tile, lse_.data(), products_.get(), delta_.data(), factor_.data());
+          for (int64_t i = 0; i < tile.rows; ++i) {
+            Softmax& softmax = softmax_of(segment, index * sizes_.rows + i);
+            softmax.dot += delta_[i];
+            softmax.total += factor_[i];
+          }
+        });
+  }
+
+  void add_gradients(const Segment& segment) {
+    pack(segment);
+    float* d_keys = segment.prefix ? d_prefix_key_ : to_.d_key ? d_keys_.get() : nullptr;
+    float* d_values = segment.prefix ? d_prefix_value_ : to_.d_value ? d_values_.get() : nullptr;
+    const int64_t start = segment.prefix ? segment.first : 0;
+    tiles_.for_each_tile(
+        segment,
+        [&](const RowBlock& block, int64_t index) {
+          open_block(segment, block, index);
+          const auto pack_rows = [&](const float* rows, float* panels) {
+            K::to_panels(rows, sizes_.rows, sizes_.words, panels);
+          };
+          if (d_keys) pack_rows(tiles_.queries.get(), query_panels_.get());
+          if (d_values) pack_rows(d_outs_.get(), d_out_panels_.get());
+        },
+        [&](const ScoreTile& tile, int64_t index, int64_t k) {
+          const int64_t place = (start + k) * sizes_.padded_head;
+          add_tile(
+              segment, tile, index, k, d_keys ? d_keys + place : nullptr,
+              d_values ? d_values + place : nullptr);
+        });
+  }
+
+  void add_tile(
+      const Segment& segment, const ScoreTile& tile, int64_t index, int64_t k, float* d_keys,
+      float* d_values) {
+    const bool wants_scores = d_keys || to_.d_query;
     if (wants_scores) make_products(tile, k);
-    gradient_tile(tile, terms, wants_scores ? products_.get() : nullptr);
-    const auto add_to_keys = [&](const Narrowed& factors, const float* panels, float* sums) {
-      K::multiply({
-          .a = factors.transposed, .a_row = 1, .a_step = factors.transposed_step,
-          .b = panels, .b_panel = sizes_.rows / K::kPair * kPanel,
-          .c = sums, .c_stride = sizes_.padded_head,
-          .rows = tile.width, .columns = sizes_.padded_head, .depth = tile.rows / K::kPair,
-          .fresh = false,
-      });
-    };
-    const int64_t place = (segment.prefix ? segment.first + k : k) * sizes_.padded_head;
-    if (wants_value) {
+    gradient_tile(
+        tile, {lse_.data(), delta_.data(), factor_.data()},
+        wants_scores ? products_.get() : nullptr);
+    if (d_values) {
       const Narrowed p =
-          K::narrow(scores_.get(), tile.rows, tile.width, nullptr, transposed_.get());
-      float* sums = segment.prefix ? prefix_part(plan_.d_prefix_value.get()) : d_values_.get();
-      add_to_keys(p, d_out_panels_.get(), sums + place);
+          K::narrow(tile.scores, tile.rows, tile.width, nullptr, transposed_.get());
+      add_rows(p, tile, d_out_panels_.get(), d_values);
     }
     if (!wants_scores) return;
     const Narrowed ds = K::narrow(
-        products_.get(), tile.rows, tile.width, to_.d_query ? plain_.get() : nullptr,
-        wants_key ? transposed_.get() : nullptr);
-    if (wants_key) {
-      float* sums = segment.prefix ? prefix_part(plan_.d_prefix_key.get()) : d_keys_.get();
-      add_to_keys(ds, query_panels_.get(), sums + place);
-    }
+        products_.get(), tile.rows, tile.width, to_.d_query ? tiles_.plain.get() : nullptr,
+        d_keys ? transposed_.get() : nullptr);
+    if (d_keys) add_rows(ds, tile, query_panels_.get(), d_keys);
     if (to_.d_query)
-      K::multiply({
-          .a = ds.plain, .a_row = ds.plain_row, .a_step = 1,
-          .b = key_panels_.get() + k / K::kPair * kPanel,
-          .b_panel = segment.padded() / K::kPair * kPanel,
-          .c = d_query_.data() + index * sizes_.rows * sizes_.padded_head,
-          .c_stride = sizes_.padded_head,
-          .rows = tile.rows, .columns = sizes_.padded_head, .depth = tile.width / K::kPair,
-          .fresh = false,
-      });
+      tiles_.add_keys(
+          ds, tile, segment, key_panels_.get(), k,
+          d_query_.data() + index * sizes_.rows * sizes_.padded_head);
+  }
+
+  // sums[width, padded head] += factors[rows, width] transposed times the packed rows.
+  void add_rows(
+      const Narrowed& factors, const ScoreTile& tile, const float* panels, float* sums) {
+    K::multiply({
+        .a = factors.transposed, .a_row = 1, .a_step = factors.transposed_step,
+        .b = panels, .b_panel = sizes_.rows / K::kPair * kPanel,
+        .c = sums, .c_stride = sizes_.padded_head,
+        .rows = tile.width, .columns = sizes_.padded_head, .depth = tile.rows / K::kPair,
+        .fresh = false,
+    });
   }
 
   // Keys [begin, end) get these sums, or zeros, in the gradient itself or in the part of the chunk.
   void write_keys(int64_t begin, int64_t end, const float* d_keys, const float* d_values) {
-    const int64_t head = (sample_ * call_.kv_heads + kv_head_) * call_.keys;
+    const int64_t head = (tiles_.sample * call_.kv_heads + tiles_.kv_head) * call_.keys;
     const int64_t part = query_chunk_ * call_.batch * call_.kv_heads * call_.keys;
     const auto write = [&](const float* sums, void* gradient, float* parts) {
       for (int64_t j = begin; gradient && j < end; ++j) {
@@ -292,29 +269,17 @@ class Backward {
     for (int64_t c = 0; c < call_.head_size; ++c) from_float(from ? from[c] : 0.0f, to + c);
   }
 
-  void write_queries() {
-    if (!to_.d_query) return;
-    for_each_row([&](Row& row, int64_t head, int64_t query) {
-      const int64_t from = (&row - rows_.data()) * sizes_.padded_head;
-      write_row(
-          d_query_.data() + from,
-          static_cast<T*>(to_.d_query) + place_of(head, query) * call_.head_size);
-    });
-  }
-
   const PrefixCall& call_;
   const PrefixGradients& to_;
   const BackwardPlan& plan_;
-  const RowBlocks blocks_;
-  const Sizes sizes_;
-  int64_t query_chunk_ = 0, kv_head_ = 0, first_ = 0, last_ = 0, sample_ = 0, part_ = 0;
-  bool masked_ = false;
-  std::unique_ptr<float[]> staged_, keys_, values_, key_panels_, queries_, d_outs_, query_panels_,
-      d_out_panels_, scores_, products_, plain_, transposed_, d_keys_, d_values_;
-  std::unique_ptr<uint32_t[]> keep_, key_keep_;
-  std::vector<int64_t> begin_, end_;
+  Tiles<K> tiles_;
+  const Sizes& sizes_;
+  int64_t query_chunk_ = 0;
+  float *d_prefix_key_ = nullptr, *d_prefix_value_ = nullptr;  // of the part, null where not wanted
+  std::unique_ptr<float[]> values_, key_panels_, d_outs_, query_panels_, d_out_panels_, products_,
+      transposed_, d_keys_, d_values_;
+  std::vector<float> lse_, delta_, factor_, d_query_;
   std::vector<Row> rows_;
-  std::vector<float> d_query_;
 };
 
 template <typename K>

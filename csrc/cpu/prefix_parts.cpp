@@ -10,10 +10,17 @@ namespace {
 constexpr int64_t kItems = 16;        // wanted, for threads to share
 constexpr int64_t kParts = 16;        // of a shared prefix, at most
 constexpr int64_t kFewestRows = 512;  // of an item: fewer would pack keys too often
+constexpr int64_t kFewKeys = 256;
 constexpr int64_t kPartBytes = int64_t{256} << 20;
 
 int64_t fitting(int64_t floats) {
   return std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, 2 * floats * int64_t{sizeof(float)}));
+}
+
+// Keys that one query may see at most.
+int64_t most_seen(const PrefixCall& call) {
+  const int64_t window = call.causal ? call.window : 2 * std::min(call.window, call.keys) - 1;
+  return call.prefix + (call.window ? std::min(window, call.keys) : call.keys);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,6 +29,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 BackwardPlan::BackwardPlan(const PrefixCall& call, const PrefixGradients& to)
     : ranges(ranges_of(call)),
+      weighs(call.gate || most_seen(call) <= kFewKeys),
       padded_prefix(round_up(call.prefix, kLanes)),
       padded_head(round_up(call.head_size, kLanes)) {
   const RowBlocks blocks(call);

@@ -19,6 +19,9 @@ struct BackwardPlan {
   void finish(const PrefixCall& call, const PrefixGradients& to) const;
 
   Ranges ranges;
+  // Whether a pass of its own sums p and p d_out v first, so that p adds to one and delta is exact:
+  // gated, where out holds two softmaxes, and where few keys leave lse's rounding unaveraged.
+  bool weighs;
   int64_t queries, query_chunks;  // of an item; of a sample
   int64_t samples, sample_chunks;
   int64_t padded_prefix, padded_head;

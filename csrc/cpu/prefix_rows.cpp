@@ -95,34 +95,38 @@ PK_CLONES void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float
   for (int64_t i = 0; i < tile.rows; ++i) {
     const Span span(tile, i);
     float* row = tile.scores + i * kDepth;
-    float* product = products ? products + i * kDepth : nullptr;
+    float* gradient = products ? products + i * kDepth : nullptr;
     clear_unseen(tile, span, row);
-    if (product) clear_unseen(tile, span, product);
+    if (gradient) clear_unseen(tile, span, gradient);
+    // A row that sees one key has exp(0) here: its score is rounded as forward rounded it.
     const float lse = terms.lse[i], delta = terms.delta[i], factor = terms.factor[i];
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp(load(row + j) * tile.scale - lse) * factor;
+      vf p = exp(product(load(row + j), tile.scale) - lse) * factor;
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
-      if (product) {
-        vf dp = load(product + j);
+      if (gradient) {
+        vf dp = load(gradient + j);
         if (tile.keep) dp = dropped(tile, i, j, dp);
-        store(product + j, p * tile.scale * (dp - delta));
+        store(gradient + j, p * tile.scale * (dp - delta));
       }
       store(row + j, tile.keep ? dropped(tile, i, j, p) : p);
     }
   }
 }
 
-PK_CLONES void dot_tile(
-    const ScoreTile& tile, const RowTerms& terms, const float* products, float* dots) {
+PK_CLONES void weigh_tile(
+    const ScoreTile& tile, const float* lse, const float* products, float* dots, float* totals) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const Span span(tile, i);
-    vf sums = {};
+    vf dot = {}, total = {};
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp(load(tile.scores + i * kDepth + j) * tile.scale - terms.lse[i]);
+      vf p = exp(product(load(tile.scores + i * kDepth + j), tile.scale) - lse[i]);
+      if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
+      total += p;
       if (tile.keep) p = dropped(tile, i, j, p);
-      sums += masked(p * load(products + i * kDepth + j), span.seen(tile, j));
+      dot += p * load(products + i * kDepth + j);
     }
-    dots[i] += sum_of(sums);
+    dots[i] = sum_of(dot);
+    totals[i] = sum_of(total);
   }
 }
 

@@ -44,8 +44,9 @@ struct RowTerms {
 // [rows, kDepth] (of d_out and the values, or null) the gradient of what was scaled to the scores.
 void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float* products);
 
-// dots[i] += sum_j p[i, j] products[i, j], p after dropout: d_out times the attention's output.
-void dot_tile(const ScoreTile& tile, const RowTerms& terms, const float* products, float* dots);
+// totals[i] = sum_j p[i, j], dots[i] = sum_j p[i, j] products[i, j], of which dropout takes its part.
+void weigh_tile(
+    const ScoreTile& tile, const float* lse, const float* products, float* dots, float* totals);
 
 // a[0, count) b[0, count).
 float dot(const float* a, const float* b, int64_t count);
