@@ -1,7 +1,8 @@
 // Backward: an item is one key head, some samples and a chunk of queries. With the softmax of the whole
-// row (lse) and delta = d_out out - d_lse, every block of keys stands alone:
+// row (lse) and delta = d_out out, every block of keys stands alone:
 //
-//   p = exp(s - lse)   ds = p (d_out v - delta) scale   dv += p d_out   dk += ds q   dq += ds k
+//   p = exp(s - lse)   ds = p (d_out v - delta + d_lse) scale
+//   dv += p d_out      dk += ds q      dq += ds k
 //
 // Gradients of keys are summed over the rows of an item while their segment lies in the cache, those of
 // a shared prefix over its samples too; what several items add to is added in the order of the items.
@@ -35,6 +36,7 @@ class Backward {
         d_values_(words(sizes_.keys * sizes_.padded_head)),
         lse_(sizes_.rows),
         delta_(sizes_.rows),
+        d_lse_(sizes_.rows),
         factor_(sizes_.rows) {
     rows_.resize(tiles_.blocks.count(std::min(plan.queries, call.queries)) * sizes_.rows);
     d_query_.resize(to.d_query ? rows_.size() * sizes_.padded_head : 0);
@@ -65,7 +67,7 @@ class Backward {
   // A row's softmax over one range of keys, or over both: lse as forward left it, the sums of the
   // weighing pass, and the factor and delta of the gradients.
   struct Softmax {
-    float lse, total, dot, factor, delta;
+    float lse, total, dot, factor, delta, d_lse;
   };
   struct Row {
     Softmax sequence, prefix;
@@ -114,10 +116,12 @@ class Backward {
       const T* out = static_cast<const T*>(call_.out) + place * call_.head_size;
       const T* d_out = row_at<T>(to_.d_out, tiles_.sample, head, query);
       const float d_lse = to_.d_lse ? to_.d_lse[place] : 0.0f;
-      const float delta = plan_.weighs ? 0.0f : dot(d_out, out, call_.head_size) - d_lse;
-      rows_[row].sequence = {call_.lse[place], 0.0f, 0.0f, 1.0f, delta};
+      const float delta = plan_.weighs ? 0.0f : dot(d_out, out, call_.head_size);
+      rows_[row].sequence = {call_.lse[place], 0.0f, 0.0f, 1.0f, delta, d_lse};
       rows_[row].prefix = rows_[row].sequence;
-      if (call_.gate) rows_[row].prefix.lse = call_.prefix_lse[place];
+      if (!call_.gate) return;
+      rows_[row].prefix.lse = call_.prefix_lse[place];
+      rows_[row].prefix.d_lse = 0.0f;
     });
   }
 
@@ -125,7 +129,6 @@ class Backward {
   void weigh_rows() {
     tiles_.for_each_row([&](int64_t at, int64_t head, int64_t query) {
       Row& row = rows_[at];
-      const int64_t place = tiles_.place_of(head, query);
       if (!call_.gate) {
         row.prefix.total = row.sequence.total += row.prefix.total;
         row.prefix.dot = row.sequence.dot += row.prefix.dot;
@@ -134,13 +137,8 @@ class Backward {
         softmax->factor = softmax->total == 0.0f ? 0.0f : 1.0f / softmax->total;
         softmax->delta = softmax->dot * softmax->factor;
       }
-      if (plan_.dots) plan_.dots[place] = row.prefix.delta;
-      if (to_.d_lse) row.sequence.delta -= to_.d_lse[place];
-      if (call_.gate) {
-        row.prefix.factor *= std::tanh(call_.gate[head]);
-      } else {
-        row.prefix.delta = row.sequence.delta;
-      }
+      if (plan_.dots) plan_.dots[tiles_.place_of(head, query)] = row.prefix.delta;
+      if (call_.gate) row.prefix.factor *= std::tanh(call_.gate[head]);
     });
   }
 
@@ -162,6 +160,7 @@ class Backward {
       const Softmax& softmax = softmax_of(segment, index * sizes_.rows + i);
       lse_[i] = softmax.lse;
       delta_[i] = softmax.delta;
+      d_lse_[i] = softmax.d_lse;
       factor_[i] = softmax.factor;
     }
   }
@@ -216,7 +215,7 @@ class Backward {
     const bool wants_scores = d_keys || to_.d_query;
     if (wants_scores) make_products(tile, k);
     gradient_tile(
-        tile, {lse_.data(), delta_.data(), factor_.data()},
+        tile, {lse_.data(), delta_.data(), d_lse_.data(), factor_.data()},
         wants_scores ? products_.get() : nullptr);
     if (d_values) {
       const Narrowed p =
@@ -278,7 +277,7 @@ class Backward {
   float *d_prefix_key_ = nullptr, *d_prefix_value_ = nullptr;  // of the part, null where not wanted
   std::unique_ptr<float[]> values_, key_panels_, d_outs_, query_panels_, d_out_panels_, products_,
       transposed_, d_keys_, d_values_;
-  std::vector<float> lse_, delta_, factor_, d_query_;
+  std::vector<float> lse_, delta_, d_lse_, factor_, d_query_;
   std::vector<Row> rows_;
 };
 

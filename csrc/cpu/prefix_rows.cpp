@@ -99,14 +99,15 @@ PK_CLONES void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float
     clear_unseen(tile, span, row);
     if (gradient) clear_unseen(tile, span, gradient);
     // A row that sees one key has exp(0) here: its score is rounded as forward rounded it.
-    const float lse = terms.lse[i], delta = terms.delta[i], factor = terms.factor[i];
+    const float lse = terms.lse[i], delta = terms.delta[i], d_lse = terms.d_lse[i];
+    const float factor = terms.factor[i];
     for (int64_t j = span.first; j < span.last; j += kLanes) {
       vf p = exp(product(load(row + j), tile.scale) - lse) * factor;
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
       if (gradient) {
         vf dp = load(gradient + j);
         if (tile.keep) dp = dropped(tile, i, j, dp);
-        store(gradient + j, p * tile.scale * (dp - delta));
+        store(gradient + j, p * tile.scale * (dp - delta + d_lse));
       }
       store(row + j, tile.keep ? dropped(tile, i, j, p) : p);
     }
@@ -122,8 +123,9 @@ PK_CLONES void weigh_tile(
       vf p = exp(product(load(tile.scores + i * kDepth + j), tile.scale) - lse[i]);
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
       total += p;
-      if (tile.keep) p = dropped(tile, i, j, p);
-      dot += p * load(products + i * kDepth + j);
+      vf dp = load(products + i * kDepth + j);
+      if (tile.keep) dp = dropped(tile, i, j, dp);
+      dot += p * dp;
     }
     dots[i] = sum_of(dot);
     totals[i] = sum_of(total);

@@ -36,7 +36,8 @@ void softmax_tile(const ScoreTile& tile, const Softmax& softmax);
 // What the gradients of a block of rows need of forward.
 struct RowTerms {
   const float* lse;     // [rows]
-  const float* delta;   // [rows]: d_out out - d_lse
+  const float* delta;   // [rows]: d_out out
+  const float* d_lse;   // [rows]; apart from delta, beside which it would be rounded away
   const float* factor;  // [rows]: what the attention was multiplied by
 };
 
