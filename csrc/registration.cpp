@@ -12,6 +12,7 @@
 #include "cpu/adapter.h"
 #include "cpu/lora.h"
 #include "cpu/vector_level.h"
+#include "prefix_binding.h"
 #include "prompt_binding.h"
 
 namespace {
@@ -155,6 +156,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of peft_kernels";
   m.def("build_info", &build_info, "What this module was built with.");
+  bind_prefix(m);
   bind_prompt(m);
   m.def(
       "use_native",

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import narrow, packed, widen
-from peft_kernels.prefix import check, reference
+from peft_kernels.prefix import check, cpp, reference
 
 
 class PrefixSpec(NamedTuple):
@@ -41,7 +41,10 @@ class PrefixSpec(NamedTuple):
 
 PREFIX_ATTENTION = backends.Op(
     "prefix_attention",
-    (backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),),
+    (
+        backends.Backend("cpp", cpp.forward, cpp.backward, cpp.why_not),
+        backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
+    ),
 )
 
 
