@@ -90,7 +90,8 @@ void draw_block(
   for (int64_t h = 0; h < block.heads; ++h) {
     const int64_t head = kv_head * group + block.head + h;
     draw_keep(
-        call.dropout, (sample * call.heads + head) * call.queries + block.query, block.queries,
+        call.dropout,
+        {(sample * call.heads + head) * call.queries + block.query, block.queries, nullptr},
         ahead + call.keys, first_key + (segment.prefix ? 0 : ahead),
         keep + h * block.queries * kDepth);
   }
