@@ -56,6 +56,15 @@ PK_INLINE vf dropped(const ScoreTile& tile, int64_t row, int64_t column, vf valu
   return masked(value * tile.keep_scale, load_bits(tile.keep + row * kDepth + column));
 }
 
+// exp(scale score - lse). A row that sees one key has exp(0) here: its score is rounded as forward
+// rounded it. The rounding of the difference is made up for: of the largest it is all the error.
+PK_INLINE vf probability(const ScoreTile& tile, vf score, float lse) {
+  const vf x = product(score, tile.scale), difference = x - lse;
+  const vf lost = x - (difference + lse);
+  const vf p = exp(difference);
+  return p + p * lost;
+}
+
 }  // namespace
 
 PK_CLONES void softmax_tile(const ScoreTile& tile, const Softmax& softmax) {
@@ -98,11 +107,10 @@ PK_CLONES void gradient_tile(const ScoreTile& tile, const RowTerms& terms, float
     float* gradient = products ? products + i * kDepth : nullptr;
     clear_unseen(tile, span, row);
     if (gradient) clear_unseen(tile, span, gradient);
-    // A row that sees one key has exp(0) here: its score is rounded as forward rounded it.
     const float lse = terms.lse[i], delta = terms.delta[i], d_lse = terms.d_lse[i];
     const float factor = terms.factor[i];
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp(product(load(row + j), tile.scale) - lse) * factor;
+      vf p = probability(tile, load(row + j), lse) * factor;
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
       if (gradient) {
         vf dp = load(gradient + j);
@@ -120,7 +128,7 @@ PK_CLONES void weigh_tile(
     const Span span(tile, i);
     vf dot = {}, total = {};
     for (int64_t j = span.first; j < span.last; j += kLanes) {
-      vf p = exp(product(load(tile.scores + i * kDepth + j), tile.scale) - lse[i]);
+      vf p = probability(tile, load(tile.scores + i * kDepth + j), lse[i]);
       if (tile.key_keep || !span.covers(j)) p = masked(p, span.seen(tile, j));
       total += p;
       vf dp = load(products + i * kDepth + j);

@@ -1,4 +1,4 @@
-"""Launchers of the C++ CPU backend: the strides of every tensor; ``_C`` does the rest."""
+"""Launchers of the C++ CPU backend: strides and pointers of a call; ``_C`` does the rest."""
 
 from __future__ import annotations
 

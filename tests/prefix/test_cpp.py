@@ -18,7 +18,8 @@ from tests.prefix.problems import Problem, check, fused, problem, results
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
-# Below, at and above a block of rows (128), a block of keys (128) and a segment of keys (512).
+# Enough numbers in each gradient that eager's worst of them is no luck. Sizes lie
+# below, at and above a block of rows (128), a block of keys (128) and a segment of keys (512).
 CALLS: dict[str, dict[str, Any]] = {
     # Many samples: eager's worst error over the sixteen numbers of one is luck.
     "one of everything but samples": dict(
@@ -43,13 +44,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "chunks of samples": dict(
         batch=35, heads=2, kv_heads=1, queries=3, keys=4, prefix=5, causal=True
     ),
-    "prefix of each sample": dict(queries=30, keys=40, prefix=18, shared=False, causal=True),
+    "prefix of each sample": dict(
+        batch=6, queries=30, keys=40, prefix=18, shared=False, causal=True
+    ),
     "prefix of each sample, chunks of queries": dict(
         heads=8, kv_heads=1, queries=200, keys=200, prefix=18, shared=False, causal=True
     ),
-    "decoding": dict(queries=1, keys=200, prefix=20, causal=True),
+    "decoding": dict(batch=8, heads=8, queries=1, keys=200, prefix=20, size=32, causal=True),
     "no prefix": dict(queries=30, keys=40, prefix=0, causal=True),
-    "prefix alone": dict(queries=30, keys=0, prefix=20),
+    "prefix alone": dict(batch=4, heads=8, queries=30, keys=0, prefix=20),
     "window": dict(queries=80, keys=200, prefix=20, window=30),
     "causal window": dict(queries=80, keys=200, prefix=20, window=30, causal=True),
     "window of one, no prefix": dict(queries=40, keys=30, prefix=0, window=1),
