@@ -20,7 +20,7 @@ class PrefixTile:
         return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
-_INTERPRETED = PrefixTile(16, 32, 4, 1)
+_INTERPRETED = PrefixTile(16, 16, 4, 1)
 
 
 def head_block(head_size: int) -> int:
@@ -37,3 +37,11 @@ def prefix_block(prefix: int, tile: PrefixTile) -> int:
 
 
 GATE_BLOCK = 1024
+
+
+def why_not(head_size):
+    return None
+
+
+def plan(*a):
+    return ""

@@ -11,6 +11,9 @@ splits) does the same with the prefix and all rows of all batch rows that share 
 whose float32 sums the last part to arrive adds in index order: no atomics on numbers, nothing of the
 size of a prefix for each batch row.
 
+In float32 (EXACT) the rounding of lse would be the largest error of p: launch 1 sums p over the keys,
+and everything is divided by that sum (``correction``), which should have been 1.
+
 Gated, with t = tanh(gate) and delta_p = Σ_prefix p · dp: ds of the prefix is t · p · (dp - delta_p),
 delta of the sequence is less by t · delta_p, and dgate is (1 - t²) · Σ_rows delta_p.
 """
@@ -54,8 +57,9 @@ def _prefix_delta(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ p · dp of the rows over the prefix, which is dout · (the prefix's share of out)."""
+    """Return Σ p · dp of the rows over the prefix, dout · (the prefix's share of out), and Σ p."""
     offs = tl.arange(0, BLOCK_N)
+    delta = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for index in range(tl.cdiv(P, BLOCK_N)):
         n = index * BLOCK_N
@@ -69,20 +73,23 @@ def _prefix_delta(
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, n // 4, groups, drop_threshold, BLOCK_N)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
-        total += tl.sum(exponential(s * score_scale - row_lse[:, None], q) * dp, axis=1)
-    return total
+        p = exponential(s * score_scale - row_lse[:, None], q)
+        delta += tl.sum(p * dp, axis=1)
+        if q.dtype == tl.float32:
+            total += tl.sum(p, axis=1)
+    return delta, total
 
 
 @triton.jit
 def _add_query_gradient(
-    dq, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
+    dq, total, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
     start, before, whole, whole_blocks, blocks, stop, first, last, mask_ptr, stride_mask,
     seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, EDGES: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr,
     GATED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dq / scale after some blocks of keys, from ``start`` on or EDGES."""
+    """Return (dq / scale, Σ p where EXACT) after some blocks of keys, from ``start`` on or EDGES."""
     offs = tl.arange(0, BLOCK_N)
     for index in range(blocks):
         block = start + index
@@ -98,6 +105,8 @@ def _add_query_gradient(
             MASK, BOUNDED, KEY_MASK, PRECISION,
         )  # fmt: skip
         p = exponential(s * score_scale - row_lse[:, None], q)
+        if q.dtype == tl.float32:
+            total += tl.sum(p, axis=1)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             seed = tl.load(seed_ptr)
@@ -107,7 +116,13 @@ def _add_query_gradient(
         if GATED:
             ds *= factor[:, None]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, total
+
+
+@triton.jit
+def _correction(total):
+    """Return 1 / Σ p, 1 of rows with nothing to see."""
+    return 1.0 / tl.where(total > 0.0, total, 1.0)
 
 
 @triton.jit(
@@ -116,7 +131,7 @@ def _add_query_gradient(
 def _prefix_query_gradient_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, mask_ptr, cu_seqlens_ptr,
     gate_ptr, seed_ptr, out_ptr, lse_ptr, prefix_lse_ptr, dq_ptr, delta_ptr, prefix_delta_ptr,
-    stride_ob, stride_oh, stride_om,
+    correction_ptr, prefix_correction_ptr, stride_ob, stride_oh, stride_om,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_pkb, stride_pkh, stride_pkn, stride_pvb, stride_pvh, stride_pvn,
     stride_mask_b, stride_mask,
@@ -128,6 +143,7 @@ def _prefix_query_gradient_kernel(
 ):  # fmt: skip
     """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix."""
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tiles = row_tiles(S, group, BLOCK_M, FOLD)
     pair = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -142,7 +158,7 @@ def _prefix_query_gradient_kernel(
     dout = load_block(dout_ptr + batch * stride_ob, offs_o, exists, D, BLOCK_D, True)
     out = load_block(out_ptr, rows * D, exists, D, BLOCK_D, True)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    if GATED or NEED_DQ:
+    if GATED or NEED_DQ or EXACT:
         offs_q = head * stride_qh + query.to(tl.int64) * stride_qm
         q = load_block(q_ptr + batch * stride_qb, offs_q, exists, D, BLOCK_D, True)
         q = negated(q, NEGATE)
@@ -156,55 +172,72 @@ def _prefix_query_gradient_kernel(
     if GATED:
         prefix_row_lse = _load_lse(prefix_lse_ptr, rows, exists, q)
         prefix_delta = delta * 0.0
+        correction = delta * 0.0 + 1.0
         if BLOCK_P > 0:
             factor = tanh(tl.load(gate_ptr + head)) + delta * 0.0
-            prefix_delta = _prefix_delta(
+            prefix_delta, total = _prefix_delta(
                 q, dout, prefix_row_lse, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn, P,
                 seed_ptr, rows, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_P, DROPOUT, PRECISION,
             )  # fmt: skip
+            if EXACT:
+                correction = _correction(total)
+                prefix_delta *= correction
         tl.store(prefix_delta_ptr + rows, prefix_delta, mask=exists)
         delta -= factor * prefix_delta
+        if EXACT:
+            tl.store(prefix_correction_ptr + rows, correction, mask=exists)
+            factor *= correction
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=exists)
 
-    if NEED_DQ:
+    if NEED_DQ or EXACT:
         first, last = seen_keys(
             query, S, T, window, cu_seqlens_ptr, segments, steps, CAUSAL, WINDOW, PACKED
         )
         start, before, whole, whole_blocks, edges = block_ranges(first, last, BLOCK_N, KEY_MASK)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        if BLOCK_P > 0:
-            if GATED:
-                row_lse_of_prefix, delta_of_prefix = prefix_row_lse, prefix_delta
-            else:
-                row_lse_of_prefix, delta_of_prefix = row_lse, delta
-            dq = _add_query_gradient(
-                dq, q, dout, row_lse_of_prefix, delta_of_prefix, factor, prefix_k_ptr, prefix_v_ptr,
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        if BLOCK_P > 0 and not GATED:
+            dq, total = _add_query_gradient(
+                dq, total, q, dout, row_lse, delta, factor, prefix_k_ptr, prefix_v_ptr,
                 stride_pkn, stride_pvn, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last,
                 mask_ptr, 0, seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_P, True, False, False, False, GATED, DROPOUT, PRECISION,
+                D, BLOCK_D, BLOCK_P, True, False, False, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
         if not KEY_MASK:
-            dq = _add_query_gradient(
-                dq, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
+            dq, total = _add_query_gradient(
+                dq, total, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
                 whole, 0, 0, 0, whole_blocks, T, first, last, mask_ptr, stride_mask,
                 seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_N, False, False, False, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
-        dq = _add_query_gradient(
-            dq, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
+        dq, total = _add_query_gradient(
+            dq, total, q, dout, row_lse, delta, factor, k_ptr, v_ptr, stride_kn, stride_vn,
             start, before, whole, whole_blocks, edges, T, first, last, mask_ptr, stride_mask,
             seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
             D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, False, DROPOUT, PRECISION,
         )  # fmt: skip
-        store_block(dq_ptr, dq * scale, rows * D, exists, D, BLOCK_D)
+        if EXACT:
+            correction = _correction(total)
+            tl.store(correction_ptr + rows, correction, mask=exists)
+            dq *= correction[:, None]
+        if BLOCK_P > 0 and GATED:
+            dq, total = _add_query_gradient(
+                dq, total, q, dout, prefix_row_lse, prefix_delta, factor,
+                prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
+                0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last,
+                mask_ptr, 0, seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
+                D, BLOCK_D, BLOCK_P, True, False, False, False, True, DROPOUT, PRECISION,
+            )  # fmt: skip
+        if NEED_DQ:
+            store_block(dq_ptr, dq * scale, rows * D, exists, D, BLOCK_D)
 
 
 @triton.jit
 def _add_key_gradients(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, gate_ptr,
     stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first, last,
     seed_ptr, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -227,6 +260,8 @@ def _add_key_gradients(
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
+    if q.dtype == tl.float32:
+        p *= tl.load(correction_ptr + rows, mask=exists, other=0.0)[None, :]
     if GATED:
         p *= tanh(tl.load(gate_ptr + head + row * 0))[None, :]
     kept = p
@@ -251,7 +286,7 @@ def _add_key_gradients(
 )
 def _prefix_key_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, cu_seqlens_ptr, seed_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr, stride_ob, stride_oh, stride_om, stride_qb, stride_qh, stride_qm,
+    correction_ptr, dk_ptr, dv_ptr, stride_ob, stride_oh, stride_om, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mask_b, stride_mask,
     S, T, P, kv_heads, group, window, segments, steps, scale, score_scale, inverse_keep, drop_threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -295,7 +330,7 @@ def _prefix_key_gradient_kernel(
     if FOLD:
         for tile in range(tl.cdiv(group * S, BLOCK_M)):
             dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lse_ptr,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, lse_ptr,
                 stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, DROPOUT, FOLD,
@@ -306,7 +341,7 @@ def _prefix_key_gradient_kernel(
         for index in range(group * whole_blocks):
             tile = index // whole_blocks * blocks + whole + index % whole_blocks
             dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lse_ptr,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, lse_ptr,
                 stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, DROPOUT, FOLD,
@@ -316,7 +351,7 @@ def _prefix_key_gradient_kernel(
             block = edge_block(index % edges, start, before, whole, whole_blocks)
             tile = index // edges * blocks + block
             dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lse_ptr,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, lse_ptr,
                 stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, DROPOUT, FOLD,
@@ -344,7 +379,7 @@ def _sum_parts(part_ptr, splits, size, offs, mask, BLOCK_N: tl.constexpr, BLOCK_
 @triton.jit(do_not_specialize=["B", "S", "T", "P", "drop_threshold"])
 def _prefix_gradient_kernel(
     dout_ptr, q_ptr, prefix_k_ptr, prefix_v_ptr, gate_ptr, seed_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, counters_ptr,
+    correction_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, counters_ptr,
     stride_ob, stride_oh, stride_om, stride_qb, stride_qh, stride_qm,
     stride_pkb, stride_pkh, stride_pkn, stride_pvb, stride_pvh, stride_pvn,
     B, S, T, P, kv_heads, group, scale, score_scale, inverse_keep, drop_threshold,
@@ -383,7 +418,7 @@ def _prefix_gradient_kernel(
         batch = owner * B + index // tiles
         dk, dv = _add_key_gradients(
             dk, dv, k, v, q_ptr + batch * stride_qb, dout_ptr + batch * stride_ob,
-            lse_ptr, delta_ptr, gate_ptr + kv_head * group,
+            lse_ptr, delta_ptr, correction_ptr, gate_ptr + kv_head * group,
             stride_qh, stride_qm, stride_oh, stride_om, index % tiles,
             (batch * kv_heads + kv_head) * group * S, S, group, offs_n, offs_n,
             seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,

@@ -83,18 +83,22 @@ def prefix_backward(
 ) -> None:
     """Write the gradients that are not None: dq, then dk and dv, then those of the prefix.
 
-    The first launch makes delta too, which only the gradient of values needs not.
+    The first launch makes delta too, and in float32 the correction of lse. Only gradients of values
+    in 16 bits need neither.
     """
     call = _Call(query, key, value, prefix_key, prefix_value, lse, seed)
     delta = torch.empty_like(lse)
     prefix_delta = torch.empty_like(lse) if gate is not None else delta
+    exact = query.dtype == torch.float32
+    correction = torch.empty_like(lse) if exact else lse
+    prefix_correction = torch.empty_like(lse) if exact and gate is not None else correction
     common = call.common(scale, dropout_p) | {
-        "dout_ptr": dout, "delta_ptr": delta, "scale": scale,
+        "dout_ptr": dout, "delta_ptr": delta, "correction_ptr": correction, "scale": scale,
         "stride_ob": dout.stride(0), "stride_oh": dout.stride(1), "stride_om": dout.stride(2),
     }  # fmt: skip
     keys = call.keys(key_mask, cu_seqlens, causal, window)
     with torch.cuda.device_of(query):
-        if any(each is not None for each in (dquery, dkey, dprefix_key, dgate)):
+        if exact or any(each is not None for each in (dquery, dkey, dprefix_key, dgate)):
             tile = call.tile("query")
             backward_kernels._prefix_query_gradient_kernel[(call.row_programs(tile),)](
                 dlse_ptr=_some(dlse, lse),
@@ -103,6 +107,7 @@ def prefix_backward(
                 prefix_lse_ptr=_some(prefix_lse, lse),
                 dq_ptr=_some(dquery, out),
                 prefix_delta_ptr=prefix_delta,
+                prefix_correction_ptr=prefix_correction,
                 BLOCK_P=call.prefix_block(tile),
                 GATED=gate is not None,
                 HAS_DLSE=dlse is not None,
@@ -126,7 +131,10 @@ def prefix_backward(
             )
         if (dprefix_key is not None or dprefix_value is not None) and prefix_key.shape[2]:
             if gate is not None:
-                common |= {"lse_ptr": prefix_lse, "delta_ptr": prefix_delta}
+                common |= {
+                    "lse_ptr": prefix_lse, "delta_ptr": prefix_delta,
+                    "correction_ptr": prefix_correction,
+                }  # fmt: skip
             _prefix_gradient(call, common, gate, dprefix_key, dprefix_value)
         if dgate is not None and gate is not None:
             batch, heads, queries, _ = query.shape
