@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import prefix_tiles, tiles, triton_runtime
 from peft_kernels.core.prefix_tiles import PrefixTile
 from peft_kernels.core.rng import drop_threshold
-from peft_kernels.prefix import backward_kernels, kernels
+from peft_kernels.prefix import backward_kernels, kernels, reference
 
 # Of a scale of 0: scores are then equal, and what is hidden still differs from what is seen.
 _SMALLEST_SCALE = 1e-30
@@ -41,6 +42,12 @@ def prefix_forward(
     """Write out [B, Hq, S, d], lse [B, Hq, S] and, where gated, prefix_lse in one launch."""
     call = _Call(query, key, value, prefix_key, prefix_value, lse, seed)
     tile = call.tile("forward")
+    if tile == prefix_tiles.LIBRARY:
+        reference.forward(
+            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, causal,
+            scale, window, dropout_p, out, lse, prefix_lse,
+        )  # fmt: skip
+        return
     with torch.cuda.device_of(query):
         kernels._prefix_forward_kernel[(call.row_programs(tile),)](
             gate_ptr=_some(gate, lse),
@@ -86,7 +93,14 @@ def prefix_backward(
     The first launch makes delta too, and in float32 the correction of lse. Only gradients of values
     in 16 bits need neither.
     """
-    call = _Call(query, key, value, prefix_key, prefix_value, lse, seed)
+    call = _Call(query, key, value, prefix_key, prefix_value, lse, seed, dout)
+    if call.tile("query") == prefix_tiles.LIBRARY:
+        reference.backward(
+            dout, dlse, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate,
+            seed, out, lse, prefix_lse, causal, scale, window, dropout_p, dquery, dkey, dvalue,
+            dprefix_key, dprefix_value, dgate,
+        )  # fmt: skip
+        return
     delta = torch.empty_like(lse)
     prefix_delta = torch.empty_like(lse) if gate is not None else delta
     exact = query.dtype == torch.float32
@@ -202,6 +216,17 @@ class _Call:
     prefix_value: Tensor
     lse: Tensor
     seed: Tensor | None
+    dout: Tensor | None = None
+
+    @functools.cached_property
+    def aligned(self) -> bool:
+        """Whether rows start at multiples of 16 elements, so that copies can be asynchronous."""
+        operands = (self.query, self.key, self.value, self.prefix_key, self.prefix_value, self.dout)
+        return all(
+            t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
+            for t in operands
+            if t is not None and t.numel()
+        )
 
     @property
     def group(self) -> int:
@@ -211,8 +236,9 @@ class _Call:
     def tile(self, launch: str) -> PrefixTile:
         """Return the tile of one launch: "forward", "query", "key" or "prefix"."""
         return prefix_tiles.prefix_tile(
-            self.query.device, self.query.dtype, self.query.shape[3], launch, self.seed is not None
-        )
+            self.query.device, self.query.dtype, self.query.shape[3], launch,
+            self.seed is not None, self.aligned,
+        )  # fmt: skip
 
     def fold(self, tile: PrefixTile) -> bool:
         """Return whether a tile holds rows of several heads: of few queries."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from peft_kernels.core.prefix_tiles import PrefixTile, head_block
+from peft_kernels.core import tiles
+from peft_kernels.core.prefix_tiles import (
+    PrefixTile,
+    head_block,
+    prefix_cases,
+)
 
 _COMMON = {
     "q_ptr": "*{t}", "lse_ptr": "*fp32", "seed_ptr": "*i64", "stride_qb": "i32",
@@ -67,7 +73,6 @@ def prefix(
     dropout: bool = False,
     fold: bool = False,
     negate: bool = False,
-    precision: str = "tf32",
     splits: int = 8,
     ragged: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
@@ -79,7 +84,7 @@ def prefix(
     constants: dict[str, Any] = {
         "D": head_size, "BLOCK_D": head_block(head_size), "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "DROPOUT": dropout, "FOLD": fold, "NEGATE": negate,
-        "PRECISION": precision,
+        "PRECISION": "tf32",
     }  # fmt: skip
     if launch != "prefix":
         constants |= {"CAUSAL": causal, "WINDOW": window, "PACKED": packed, "KEY_MASK": key_mask}
@@ -105,3 +110,65 @@ def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset
         "heads": "i32", "S": "i32",
     }  # fmt: skip
     return types, {"BLOCK": block}, frozenset({"prefix_delta_ptr", "gate_ptr", "dgate_ptr"})
+
+
+# What a launch may have to do at once, from what takes the most registers to what is most common.
+_BOUNDED = {"causal": True, "window": True, "packed": True}
+_FORMS: dict[str, tuple[dict[str, Any], ...]] = {
+    "rows": (
+        _BOUNDED | {"gated": True},
+        {"causal": True},
+        _BOUNDED | {"key_mask": True},
+        {"causal": True, "gated": True, "fold": True},
+        {},
+    ),
+    "key": (_BOUNDED | {"key_mask": True}, {"causal": True}, {"fold": True}, {}),
+    "prefix": ({"gated": True}, {}, {"fold": True, "gated": True}, {"splits": 1}),
+}
+_HEAD_SIZES = {64: (64, 32, 16), 128: (128, 80, 96), 256: (256, 192, 160)}
+
+
+def _forms(launch: str) -> tuple[dict[str, Any], ...]:
+    return _FORMS[launch if launch in _FORMS else "rows"]
+
+
+def _tables(dtype: str) -> tuple[str, ...]:
+    return ("fp32", "ragged fp32") if dtype == "fp32" else ("16bit", "ragged")
+
+
+def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any, PrefixTile, str]]:
+    """Yield (name, (launch, source), tile, table) of launches of a family.
+
+    ``complete``: every tile with every form, some thousand kernels over all families. Else the two
+    hardest forms and head sizes are dealt out over the families, which share most of their tiles.
+    """
+    turn = tiles.FAMILIES.index(family) + (dtype == "fp32")
+    for table in _tables(dtype):
+        for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table)):
+            main = table in ("16bit", "fp32")
+            forms, sizes = _forms(launch), _HEAD_SIZES[block]
+            if not complete:
+                if (number + turn) % (2 if main else 9):
+                    continue
+                forms = (forms[(number + turn) // 2 % 2],)
+                sizes = (sizes[(number + turn) // 4 % 3],)
+            for form in forms:
+                for size in sizes:
+                    yield _case(dtype, table, launch, size, dropout, tile, form)
+
+
+def _case(
+    dtype: str,
+    table: str,
+    launch: str,
+    size: int,
+    dropout: bool,
+    tile: PrefixTile,
+    form: dict[str, Any],
+) -> tuple[str, Any, PrefixTile, str]:
+    ragged = table.startswith("ragged")
+    size -= int(ragged)
+    source = prefix(dtype, tile, size, launch, dropout=dropout, ragged=ragged, **form)
+    what = " ".join(form) or "plain"
+    name = f"prefix {table} {launch} d{size} dropout{int(dropout)} {tile} {what}"
+    return name, (launch, source), tile, table
