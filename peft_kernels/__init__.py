@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
+    from peft_kernels.prefix.layer import PrefixAttention
     from peft_kernels.prefix.op import prefix_attention
     from peft_kernels.prompt.layer import PromptEmbedding
     from peft_kernels.prompt.op import PromptOutput, prompt_embedding
@@ -32,6 +33,7 @@ _HOMES = {
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
     "LoRALinear": "peft_kernels.lora.layer",
+    "PrefixAttention": "peft_kernels.prefix.layer",
     "PromptEmbedding": "peft_kernels.prompt.layer",
     "PromptOutput": "peft_kernels.prompt.op",
     "adapter": "peft_kernels.adapter.op",
@@ -50,6 +52,7 @@ __all__ = [
     "BackendUnavailable",
     "Explanation",
     "LoRALinear",
+    "PrefixAttention",
     "PromptEmbedding",
     "PromptOutput",
     "__version__",

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels
-from peft_kernels.demo.model import TOKENS, DigitTransformer
+from peft_kernels.demo.model import TOKENS, Attention, DigitTransformer
 
 
 @dataclass(frozen=True)
 class Options:
     """Size of what is added: rank or bottleneck, numerator alpha of its scaling, dropout.
 
-    The rank is what the method has one of: prompt tuning's number of virtual tokens.
+    The rank is what the method has one of: prompt and prefix tuning's number of virtual tokens.
     """
 
     rank: int
@@ -212,8 +212,73 @@ PROMPT = Method(
     "Prompt", _apply_eager_prompt, _apply_fused_prompt, _explain_prompt, has_dropout=False
 )
 
-# Prefix tuning joins here.
-METHODS = (LORA, ADAPTER, PROMPT)
+
+class EagerPrefix(Attention):
+    """Trained keys and values in front of the patches', copied for every image, as peft copies.
+
+    The projections are those of the attention that it replaces.
+    """
+
+    prefix_key: nn.Parameter
+    prefix_value: nn.Parameter
+
+    def __init__(self, base: nn.Module, options: Options) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(base, Attention):
+            raise TypeError(f"a prefix goes before an Attention, got {type(base).__name__}")
+        self.heads = base.heads
+        self.q, self.k, self.v, self.o = base.q, base.k, base.v, base.o
+        weight = base.k.weight
+        size = (base.heads, options.rank, weight.shape[0] // base.heads)  # [H, P, d]
+        for name in ("prefix_key", "prefix_value"):
+            values = torch.randn(size, device=weight.device) * 0.5
+            self.register_parameter(name, nn.Parameter(values))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention over [prefix ; patches], [B, H, S, d]."""
+
+        def whole(prefix: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([prefix.expand(len(own), -1, -1, -1).to(own.dtype), own], 2)
+
+        return nn.functional.scaled_dot_product_attention(
+            q, whole(self.prefix_key, k), whole(self.prefix_value, v)
+        )
+
+
+class FusedPrefix(EagerPrefix):
+    """The same by ``prefix_attention``."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention over [prefix ; patches], [B, H, S, d]."""
+        return peft_kernels.prefix_attention(q, k, v, self.prefix_key, self.prefix_value)
+
+
+PREFIX_TARGETS = "attention"
+
+
+def _apply_eager_prefix(model: DigitTransformer, options: Options) -> None:
+    peft_kernels.replace(model, PREFIX_TARGETS, lambda old: EagerPrefix(old, options))
+
+
+def _apply_fused_prefix(model: DigitTransformer, options: Options) -> None:
+    peft_kernels.replace(model, PREFIX_TARGETS, lambda old: FusedPrefix(old, options))
+
+
+def _explain_prefix(model: DigitTransformer, batch_size: int) -> list[peft_kernels.Explanation]:
+    explanations = []
+    for each in (layer for layer in model.modules() if isinstance(layer, FusedPrefix)):
+        heads, _, size = each.prefix_key.shape
+        q = each.q.weight.new_empty(batch_size, heads, TOKENS, size)
+        prefix = each.prefix_key, each.prefix_value
+        explanations.append(peft_kernels.explain(peft_kernels.prefix_attention, q, q, q, *prefix))
+    return explanations
+
+
+PREFIX = Method(
+    "Prefix", _apply_eager_prefix, _apply_fused_prefix, _explain_prefix, has_dropout=False
+)
+
+METHODS = (LORA, ADAPTER, PROMPT, PREFIX)
 
 
 def apply(

@@ -28,9 +28,13 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, S, d]
             for project in (self.q, self.k, self.v)
         )
+        return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q kᵀ / sqrt(d)) v, [B, H, S, d]; prefix tuning replaces this."""
         # Written out: fused attention has no deterministic backward on every device.
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [B, H, S, S]
-        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return scores.softmax(-1) @ v
 
 
 class Block(nn.Module):

@@ -9,15 +9,14 @@ Gated, with c = tanh(gate) for each query head, two softmaxes, and lse is that o
 
     out = softmax(s_t) v + c softmax(s_p) v_p
 
-Dropout acts on the probabilities, with keep mask m and q = 1 / (1 - p). Backward, with
-delta = Σ_d dout · out and dw = q m (dout vᵀ):
+Dropout acts on the probabilities, with keep mask m and q = 1 / (1 - p). Backward, for
+both key ranges alike, with dw = q m (dout vᵀ) and delta = Σ w dw over both (= Σ_d dout · out):
 
     ds = w (dw - delta + dlse)     dq = scale · ds k     dk = scale · dsᵀ q     dv = (q m w)ᵀ dout
 
-for both key ranges alike. Gated, with δ_p = Σ w_p dw_p for the prefix alone:
+Gated, each softmax has a delta of its own, δ_p and δ_t, and Σ_d dout · out = δ_t + c δ_p:
 
-    ds_p = c w_p (dw_p - δ_p)     ds_t = w_t (dw_t - delta + c δ_p + dlse)
-    dgate = (1 - c²) Σ δ_p
+    ds_p = c w_p (dw_p - δ_p)     ds_t = w_t (dw_t - δ_t + dlse)     dgate = (1 - c²) Σ δ_p
 
 Sums are made in float32 (float64 for float64); probabilities and ds are rounded to the dtype of the
 tensors before their products, as eager and flash attention round them.
@@ -114,6 +113,24 @@ def _over_prefix(x: Tensor, prefix: Tensor) -> Tensor:
     """Return x [B, Hkv, M, n] @ prefix [Bp, Hkv, n, m] without a copy of prefix for each row."""
     shared = prefix.shape[0] == 1
     return _from_prefix(_for_prefix(x, shared) @ prefix, x.shape[0], x.shape[2])
+
+
+def _by_key(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Return weightsᵀ [B, Hkv, n, M] @ rows [B, Hkv, M, m], each query head's product for itself.
+
+    Summed after that over the heads, as eager sums: in shorter sums, which round less.
+    """
+    return (weights.unflatten(2, (groups, -1)).mT @ rows.unflatten(2, (groups, -1))).sum(2)
+
+
+def _by_prefix_key(weights: Tensor, rows: Tensor, groups: int, shared: bool) -> Tensor:
+    """Return ``_by_key`` as [Bp, Hkv, P, m]: added up over the batch, row by row, where shared."""
+    if not shared:
+        return _by_key(weights, rows, groups)
+    total = _by_key(weights[:1], rows[:1], groups)
+    for row in range(1, rows.shape[0]):
+        total += _by_key(weights[row : row + 1], rows[row : row + 1], groups)
+    return total
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +269,7 @@ def backward(
     where the prefix is shared, over the batch. ``dlse`` [B, Hq, S] is the gradient of lse, or None.
     """
     kv_heads, queries, wide = key.shape[1], query.shape[2], lse.dtype
-    shared = prefix_key.shape[0] == 1
+    groups, shared = query.shape[1] // kv_heads, prefix_key.shape[0] == 1
     q, g = (_folded(each, kv_heads, wide) for each in (query, dout))
     w = _weights(
         q, key, prefix_key, key_mask, cu_seqlens, seed, gate is not None, causal, scale, window,
@@ -260,28 +277,30 @@ def backward(
     )  # fmt: skip
     c = None if gate is None else _gate(gate, kv_heads, queries)
     if dvalue is not None:
-        dvalue.copy_(w.kept_own.mT @ g)
+        dvalue.copy_(_by_key(w.kept_own, g, groups))
     if dprefix_value is not None:
         scaled = g if c is None else g * c
-        dprefix_value.copy_(_for_prefix(w.kept_prefix, shared).mT @ _for_prefix(scaled, shared))
+        dprefix_value.copy_(_by_prefix_key(w.kept_prefix, scaled, groups, shared))
     if dquery is None and dkey is None and dprefix_key is None and dgate is None:
         return
     dw_p = _over_prefix(g, prefix_value.to(wide).mT)
     dw_t = g @ value.to(wide).mT
     if w.keep_prefix is not None and w.keep_own is not None:
         dw_p, dw_t = dw_p * w.keep_prefix, dw_t * w.keep_own
-    delta = (g * _folded(out, kv_heads, wide)).sum(-1, keepdim=True)  # [B, Hkv, G·S, 1]
-    delta_p = delta
-    if c is not None:
-        delta_p = (w.prefix * dw_p).sum(-1, keepdim=True)
-        delta = delta - c * delta_p
+    delta_p = (w.prefix * dw_p).sum(-1, keepdim=True)  # [B, Hkv, G·S, 1]
+    delta = (w.own * dw_t).sum(-1, keepdim=True)
+    if c is None:
+        delta = delta_p = delta + delta_p
+    else:
         if dgate is not None and gate is not None:
             by_head = delta_p.reshape(*dout.shape[:2], queries).sum((0, 2))
             dgate.copy_(by_head * (1.0 - gate.tanh().square()))
+    dw_p, dw_t = dw_p - delta_p, dw_t - delta
     if dlse is not None:
-        delta = delta - dlse.reshape(delta.shape)
-        delta_p = delta if c is None else delta_p
-    ds_p, ds_t = w.prefix * (dw_p - delta_p), w.own * (dw_t - delta)
+        dlse = dlse.reshape(delta.shape)
+        dw_t = dw_t + dlse
+        dw_p = dw_p + dlse if c is None else dw_p
+    ds_p, ds_t = w.prefix * dw_p, w.own * dw_t
     if c is not None:
         ds_p = ds_p * c
     ds_p, ds_t = ds_p.to(query.dtype).to(wide), ds_t.to(query.dtype).to(wide)
@@ -289,6 +308,6 @@ def backward(
         from_prefix = _over_prefix(ds_p, prefix_key.to(wide))
         dquery.view(q.shape).copy_((ds_t @ key.to(wide) + from_prefix) * scale)
     if dkey is not None:
-        dkey.copy_(ds_t.mT @ q * scale)
+        dkey.copy_(_by_key(ds_t, q, groups) * scale)
     if dprefix_key is not None:
-        dprefix_key.copy_(_for_prefix(ds_p, shared).mT @ _for_prefix(q, shared) * scale)
+        dprefix_key.copy_(_by_prefix_key(ds_p, q, groups, shared) * scale)

@@ -20,7 +20,12 @@ from peft_kernels.demo import main as demo
 from peft_kernels.demo import story
 from tests.demo.conftest import QuickRun, command, environment
 
-FILES = ["adapter.safetensors", "lora.safetensors", "prompt.safetensors"]
+FILES = [
+    "adapter.safetensors",
+    "lora.safetensors",
+    "prefix.safetensors",
+    "prompt.safetensors",
+]
 WRITTEN = sorted(["demo.json", "demo.png", *FILES])
 
 
@@ -55,6 +60,7 @@ def test_adapting_learns_the_new_digits_in_both_forms(summary: dict[str, Any]) -
         ("Adapter", 0.0),
         ("Adapter, dropout 0.1", 0.1),
         ("Prompt", 0.0),
+        ("Prefix", 0.0),
     ]
     for row in summary["rows"]:
         assert 0.0 <= row["accuracy_before"] < row["accuracy_eager"] <= 1.0
@@ -107,6 +113,7 @@ def test_summary_names_settings_versions_times_and_the_backend(
         ("LoRA", 18),
         ("Adapter", 6),
         ("Prompt", 1),
+        ("Prefix", 3),
     ]
     for served in summary["served"]:
         assert served["backend"] == ("cpp" if extension.why_not() is None else "reference")
@@ -117,13 +124,17 @@ def test_summary_names_settings_versions_times_and_the_backend(
 def test_adapter_file_holds_the_trained_tensors_and_scores_the_same(
     quick: QuickRun, summary: dict[str, Any]
 ) -> None:
-    lora, bottleneck, prompt = summary["adapters"]
+    lora, bottleneck, prompt, prefix = summary["adapters"]
     scored = {row["name"]: row["accuracy_fused"] for row in summary["rows"]}
-    for each, name in ((lora, "LoRA"), (bottleneck, "Adapter"), (prompt, "Prompt")):
+    named = ("LoRA", "Adapter", "Prompt", "Prefix")
+    for each, name in zip((lora, bottleneck, prompt, prefix), named, strict=True):
         assert each["accuracy_reloaded"] == each["accuracy_trained"] == scored[name]
     with safe_open(quick.out / prompt["file"], framework="pt") as file:
         assert set(file.keys()) == {"prompt.prompt", "head.weight", "head.bias"}
         assert list(file.get_tensor("prompt.prompt").shape) == [8, 192]
+    with safe_open(quick.out / prefix["file"], framework="pt") as file:
+        assert len(set(file.keys())) == 3 * 2 + 2
+        assert list(file.get_tensor("blocks.2.attention.prefix_value").shape) == [4, 8, 48]
     with safe_open(quick.out / lora["file"], framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
         shape = file.get_tensor("blocks.0.attention.q.lora_A").shape

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peft_kernels.demo import adapter_file, data, measure, methods, options, report, story, train
-from peft_kernels.demo.methods import ADAPTER, LORA, PROMPT, Method, Options
+from peft_kernels.demo.methods import ADAPTER, LORA, PREFIX, PROMPT, Method, Options
 from peft_kernels.demo.model import DigitTransformer, freeze
 
 CPU = torch.device("cpu")
@@ -78,8 +78,9 @@ def test_eager_lora_is_what_peft_computes() -> None:
     assert torch.equal(eager(x), theirs(x))
 
 
-# LoRA: two tensors in six layers; the adapter: four in two; the prompt: one; the head's two.
-COUNTS = [(LORA, 6 * 2 + 2), (ADAPTER, 2 * 4 + 2), (PROMPT, 1 + 2)]
+# LoRA: two tensors in six layers; the adapter: four in two; the prompt: one; the prefix: two in one
+# attention; the head's two.
+COUNTS = [(LORA, 6 * 2 + 2), (ADAPTER, 2 * 4 + 2), (PROMPT, 1 + 2), (PREFIX, 2 + 2)]
 METHODS = pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
 
 
@@ -234,6 +235,22 @@ def test_both_forms_of_the_prompt_give_the_same_logits_and_gradients(dtype: torc
         gradients.append(model.prompt.get_parameter("prompt").grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_the_prefix_give_the_same_logits_and_gradients(dtype: torch.dtype) -> None:
+    pair = methods.build_pair(small_frozen_model(dtype), PREFIX, Options(3, 6.0, 0.0))
+    images = torch.randn(5, 8, 8)
+    tolerance = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    found = []
+    for model in pair:
+        logits = model(images)
+        logits.square().mean().backward()
+        names = ("blocks.0.attention.prefix_key", "blocks.0.attention.prefix_value")
+        found.append([logits, *(model.get_parameter(name).grad for name in names)])
+    for eager, fused in zip(*found, strict=True):
+        assert eager.abs().max() > 0
+        torch.testing.assert_close(fused, eager, **tolerance)
 
 
 def test_prompt_tuning_has_no_second_run_with_dropout() -> None:

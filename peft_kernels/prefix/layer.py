@@ -1,0 +1,413 @@
+"""``PrefixAttention``: ``nn.MultiheadAttention`` with a trained prefix before keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_kernels.core import backend as backends
+from peft_kernels.core.checks import check_probability
+from peft_kernels.prefix import mha as meanings
+from peft_kernels.prefix import op
+
+PREFIX_STD = 0.02
+
+
+class PrefixAttention(nn.Module):
+    """Multi-head attention over ``[prefix ; sequence]``, a drop-in for ``nn.MultiheadAttention``.
+
+    The projections are frozen and named as ``nn.MultiheadAttention`` (with ``batch_first=True``)
+    names them, so that its state dict fits; the prefix is trained. Unlike there, ``key`` and
+    ``value`` may be left out (self-attention), and the attention weights are never made: None is
+    returned in their place.
+
+    Keys of the state dict beside the projections: ``prefix_key`` and ``prefix_value``, and ``gate``
+    where gated; with ``prefix_projection`` ``prefix`` and ``projection.0``, ``.2`` (``.weight``,
+    ``.bias``) in place of the first two, until ``fold`` turns them into those.
+
+    Args:
+        embed_dim: E, the width of the inputs and of the result.
+        num_heads: Hq; E is a multiple of it.
+        num_virtual_tokens: P; 0 is the base layer alone.
+        num_kv_heads: Hkv, a divisor of Hq (grouped-query attention); None takes Hq.
+        causal: query i sees the keys up to i + T - S, whatever ``forward`` is told.
+        gated: the prefix has a softmax of its own, times tanh of a gate for each head, which starts
+            at 0: training starts at the base layer exactly (LLaMA-Adapter).
+        prefix_projection: train the prefix through an MLP (Linear, Tanh, Linear), which runs once a
+            call on [P, E], not once a row; ``fold`` it away after training.
+        projection_hidden: the MLP's hidden size; None takes E.
+        bias: whether the projections have biases.
+        dropout: drop probability of the attention weights, in [0, 1).
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Attributes:
+        in_proj_weight: frozen, [E + 2 Hkv d, E] with d = E / Hq; None where ``from_mha`` met key
+            and value of widths of their own (``kdim``, ``vdim``): ``q_proj_weight``,
+            ``k_proj_weight`` and ``v_proj_weight`` then.
+        in_proj_bias: frozen, [E + 2 Hkv d], or None.
+        out_proj: the frozen ``nn.Linear`` behind the heads.
+        prefix_key: [Hkv, P, d], or None where there is a projection.
+        prefix_value: likewise.
+        prefix: [P, E], the rows that the MLP is given, or None.
+        projection: the MLP, or None.
+        gate: [Hq], or None.
+        causal: may be changed between calls.
+        backend: None, or the name of a backend to demand.
+
+    Raises:
+        ValueError: sizes that do not divide or are below 1 (``num_virtual_tokens``: 0), dropout
+            outside [0, 1).
+
+    Source: Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, ACL 2021;
+    the gated form: Zhang et al., *LLaMA-Adapter*, ICLR 2024.
+
+    Example:
+        >>> import torch
+        >>> from peft_kernels import PrefixAttention
+        >>> mha = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        >>> layer = PrefixAttention.from_mha(mha, num_virtual_tokens=5)
+        >>> x = torch.randn(2, 7, 32)
+        >>> out, _ = layer(x, x, x, is_causal=True)
+        >>> out.shape
+        torch.Size([2, 7, 32])
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['prefix_key', 'prefix_value']
+    """
+
+    in_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+    q_proj_weight: nn.Parameter
+    k_proj_weight: nn.Parameter
+    v_proj_weight: nn.Parameter
+    prefix_key: nn.Parameter | None
+    prefix_value: nn.Parameter | None
+    prefix: nn.Parameter | None
+    gate: nn.Parameter | None
+    projection: nn.Sequential | None
+
+    # What nn.MultiheadAttention has and its users read. nn.TransformerEncoderLayer computes the
+    # attention by itself in evaluation, without calling this layer, unless the second is False.
+    batch_first = True
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_virtual_tokens: int,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
+        gated: bool = False,
+        prefix_projection: bool = False,
+        projection_hidden: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the layer with a freshly initialised base."""
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_heads(embed_dim, num_heads, kv_heads)
+        super().__init__()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        rows = embed_dim + 2 * kv_heads * (embed_dim // num_heads)
+        self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim, **options))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        in_proj_bias = nn.Parameter(torch.zeros(rows, **options)) if bias else None
+        self.register_parameter("in_proj_bias", in_proj_bias)
+        out_proj = nn.Linear(embed_dim, embed_dim, bias, **options)
+        if bias:
+            nn.init.zeros_(out_proj.bias)
+        self._init(
+            out_proj, num_heads, kv_heads, num_virtual_tokens, causal, gated, prefix_projection,
+            projection_hidden, dropout, dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_mha(
+        cls,
+        mha: nn.MultiheadAttention,
+        *,
+        num_virtual_tokens: int,
+        causal: bool = False,
+        gated: bool = False,
+        prefix_projection: bool = False,
+        projection_hidden: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PrefixAttention:
+        """Wrap ``mha``, sharing its projections, freezing them, and taking its dropout.
+
+        Args:
+            mha: the base layer, ``batch_first``; its parameters become this layer's, not copies.
+            num_virtual_tokens: P, as in the constructor, and so are the others.
+            causal: whether keys after the query are hidden.
+            gated: whether the prefix has a softmax of its own and a gate.
+            prefix_projection: whether an MLP stands behind the prefix.
+            projection_hidden: the MLP's hidden size.
+            dtype: dtype of what is trained; None takes the projections'. float32 beside bfloat16
+                projections is peft's default.
+
+        Raises:
+            TypeError: not exactly an ``nn.MultiheadAttention``.
+            ValueError: it is sequence-first, or has ``add_bias_kv`` or ``add_zero_attn``; or as the
+                constructor raises.
+        """
+        meanings.check_mha(mha)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if name == "in_proj_weight" or getattr(mha, name) is not None:
+                layer.register_parameter(name, getattr(mha, name))
+        layer.register_parameter("in_proj_bias", mha.in_proj_bias)
+        layer._init(
+            mha.out_proj, mha.num_heads, mha.num_heads, num_virtual_tokens, causal, gated,
+            prefix_projection, projection_hidden, mha.dropout, dtype,
+        )  # fmt: skip
+        return layer.train(mha.training)
+
+    def _init(
+        self,
+        out_proj: nn.Linear,
+        heads: int,
+        kv_heads: int,
+        tokens: int,
+        causal: bool,
+        gated: bool,
+        prefix_projection: bool,
+        projection_hidden: int | None,
+        dropout: float,
+        dtype: torch.dtype | None,
+    ) -> None:
+        _check_count("num_virtual_tokens", tokens, least=0)
+        self.embed_dim, self.num_heads, self.num_kv_heads = out_proj.in_features, heads, kv_heads
+        self.head_dim = self.embed_dim // heads
+        self.num_virtual_tokens, self.causal = tokens, causal
+        self.dropout = check_probability("dropout", dropout)
+        self.backend: str | None = None
+        options: dict[str, Any] = {
+            "device": out_proj.weight.device, "dtype": dtype or out_proj.weight.dtype,
+        }  # fmt: skip
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, **options)) if wanted else None
+
+        for name in ("prefix_key", "prefix_value"):
+            shape = (kv_heads, tokens, self.head_dim)
+            self.register_parameter(name, parameter(not prefix_projection, *shape))
+        self.register_parameter("prefix", parameter(prefix_projection, tokens, self.embed_dim))
+        self.register_parameter("gate", parameter(gated, heads))
+        self.projection = None
+        if prefix_projection:
+            hidden = self.embed_dim if projection_hidden is None else projection_hidden
+            _check_count("projection_hidden", hidden, least=1)
+            self.projection = nn.Sequential(
+                nn.Linear(self.embed_dim, hidden, **options),
+                nn.Tanh(),
+                nn.Linear(hidden, 2 * kv_heads * self.head_dim, **options),
+            )
+        # Last: a layer that was refused stays as it was.
+        for frozen in (*self._projections(), self.in_proj_bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        self.out_proj = out_proj.requires_grad_(False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise what is trained: N(0, 0.02), as BERT's embeddings; a gate by zeros.
+
+        The projections, which may be shared with other layers, stay as they are.
+        """
+        for each in (self.prefix_key, self.prefix_value, self.prefix):
+            if each is not None:
+                nn.init.normal_(each, std=PREFIX_STD)
+        for module in self.projection or ():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+
+    def virtual_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the prefix of keys and of values, [Hkv, P, d] each, from the MLP if there is one.
+
+        Of the MLP's outputs the first half are the keys, one head after the other.
+        """
+        if self.projection is None or self.prefix is None:
+            assert self.prefix_key is not None and self.prefix_value is not None
+            return self.prefix_key, self.prefix_value
+        both = self.projection(self.prefix).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        prefix_key, prefix_value = both.permute(1, 2, 0, 3)  # [2, Hkv, P, d]
+        return prefix_key, prefix_value
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Replace the MLP by the prefix that it gives, which is trained on from there.
+
+        An optimizer that was made before holds the parameters that are gone: make a new one.
+
+        Raises:
+            RuntimeError: there is no MLP.
+        """
+        if self.projection is None:
+            raise RuntimeError("this PrefixAttention has no projection (left) to fold")
+        prefix_key, prefix_value = self.virtual_tokens()
+        self.prefix_key = nn.Parameter(prefix_key.contiguous())
+        self.prefix_value = nn.Parameter(prefix_value.contiguous())
+        self.prefix = self.projection = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Return (the attended sequence [B, S, E], None).
+
+        Args:
+            query: [B, S, E], or [S, E] for a single one.
+            key: [B, T, E] (or its ``kdim``); None takes query.
+            value: [B, T, E] (or its ``vdim``); None takes key.
+            key_padding_mask: [B, T], True = ignore; or float, -inf = ignore and 0 = keep. Not about
+                the prefix, which is always seen.
+            need_weights: must not be True (``nn.MultiheadAttention``'s default is).
+            attn_mask: None, or the causal mask together with ``is_causal``; not read.
+            average_attn_weights: means nothing without weights.
+            is_causal: query i sees the keys up to i; with as many queries as keys.
+
+        Raises:
+            ValueError: weights are asked for, a mask of its own, shapes that disagree.
+            TypeError: a padding mask of another dtype.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        single = query.dim() == 2
+        if single:
+            same = query is key, key is value
+            query = query[None]
+            key = query if same[0] else key[None]
+            value = key if same[1] else value[None]
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask[None]
+        options = self._options(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+        q, k, v = self._projected(query, key, value)
+        prefix_key, prefix_value = self.virtual_tokens()
+        out = op.prefix_attention(q, k, v, prefix_key, prefix_value, gate=self.gate, **options)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return (out[0] if single else out), None
+
+    def _options(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> dict[str, Any]:
+        """Return the options of ``prefix_attention`` that a call means, checked."""
+        for name, tensor in (("query", query), ("key", key)):
+            if tensor.dim() != 3:
+                raise ValueError(f"{name} must have shape [B, S, E], got {list(tensor.shape)}")
+        meanings.check_weights_unneeded(need_weights)
+        meanings.check_masks(attn_mask, is_causal, self.causal, query.shape[1], key.shape[1])
+        return {
+            "causal": self.causal or is_causal,
+            "key_mask": meanings.key_mask(key_padding_mask, *key.shape[:2]),
+            "dropout_p": self.dropout,
+            "training": self.training,
+            "backend": self.backend,
+        }
+
+    def _projections(self) -> tuple[Tensor, ...]:
+        """Return the weight of all three projections, or one for each."""
+        if self.in_proj_weight is not None:
+            return (self.in_proj_weight,)
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return query [B, Hq, S, d], key and value [B, Hkv, T, d], in one product if they can."""
+        kv_size = self.num_kv_heads * self.head_dim
+        sizes = [self.embed_dim, kv_size, kv_size]
+        weights, bias = self._projections(), self.in_proj_bias
+        if len(weights) == 1 and query is key and key is value:
+            parts = F.linear(query, weights[0], bias).split(sizes, -1)
+        else:
+            split = weights[0].split(sizes) if len(weights) == 1 else weights
+            biases = (None, None, None) if bias is None else bias.split(sizes)
+            inputs = zip((query, key, value), split, biases, strict=True)
+            parts = tuple(F.linear(x, weight, b) for x, weight, b in inputs)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+
+    def extra_repr(self) -> str:
+        """Return what ``print(layer)`` shows."""
+        text = (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_virtual_tokens={self.num_virtual_tokens}"
+        )
+        if self.num_kv_heads != self.num_heads:
+            text += f", num_kv_heads={self.num_kv_heads}"
+        for name in ("causal", "dropout"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        text += ", gated=True" if self.gate is not None else ""
+        return text + (", prefix_projection=True" if self.projection is not None else "")
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_heads(embed_dim: int, heads: int, kv_heads: int) -> None:
+    for name, value in (
+        ("embed_dim", embed_dim), ("num_heads", heads), ("num_kv_heads", kv_heads),
+    ):  # fmt: skip
+        _check_count(name, value, least=1)
+    if embed_dim % heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}")
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}"
+        )
+
+
+def _explain(
+    layer: PrefixAttention, query: Tensor, key: Tensor | None = None, *args: Any, **kwargs: Any
+) -> tuple[backends.Op, op.PrefixSpec, str | None]:
+    """Return what decides the backend of a call: shapes alone, nothing is projected."""
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[backends.Op, op.PrefixSpec, str | None]:
+        options = layer._options(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+
+        def heads(x: Tensor, count: int) -> Tensor:
+            return x.new_empty(()).expand(x.shape[0], count, x.shape[1], layer.head_dim)
+
+        keys, prefix = heads(key, layer.num_kv_heads), layer.out_proj.weight.new_empty(())
+        prefix = prefix.expand(layer.num_kv_heads, layer.num_virtual_tokens, layer.head_dim)
+        return op.explain_call(
+            heads(query, layer.num_heads), keys, keys, prefix, prefix, gate=layer.gate, **options
+        )
+
+    return call(query, query if key is None else key, *args, **kwargs)
+
+
+backends.explains(PrefixAttention, _explain)
