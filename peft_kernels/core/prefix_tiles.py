@@ -18,6 +18,8 @@ from peft_kernels.core import tiles
 LAUNCHES = ("forward", "query", "key", "prefix")
 # A program holds whole heads in its registers.
 MAX_HEAD_SIZE = 256
+# Two operands of wider heads in float32 leave no registers for their product.
+_WIDEST_32BIT = 128
 # Rows of one step of the gate's gradient.
 GATE_BLOCK = 1024
 
@@ -41,19 +43,17 @@ class PrefixTile:
     def __str__(self) -> str:
         """Return the sizes in short."""
         if self == LIBRARY:
-            return "library: exact float32 products run in PyTorch, on whole matrices of scores"
-        return (
-            f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
-        )
+            return "library: exact float32, and wide heads of float32, as whole matrices of scores"
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 LIBRARY = PrefixTile(0, 0, 0, 0)
 _INTERPRETED = PrefixTile(16, 16, 4, 1)
 
-# One line for each launch: rows x keys x warps x stages for heads of at most 64, 128 and 256, each
-# without and with dropout, whose mask takes registers. "key" is the launch of dk and dv, "query"
-# that of dq. A tile serves a launch with all of its features at once, gated or not: a gate of zero
-# then changes no bit.
+# One line for each launch: rows x keys x warps x stages for heads of at most 64, 128 and (in 16
+# bits) 256, each without and with dropout, whose mask takes registers. "key" is the launch of dk
+# and dv, "query" that of dq. A tile serves a launch with all of its features at once, gated or not:
+# a gate of zero then changes no bit.
 _TABLES: dict[str, dict[str, dict[str, str]]] = {
     "16bit": {
         "sm_80": {
@@ -72,64 +72,68 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
             "forward": "128x64x8x3 128x64x8x3  128x64x8x3 128x64x8x2  64x32x8x2 64x32x8x2",
             "query": "128x64x8x2 128x64x8x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
             "key": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
-            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x64x8x2 16x16x4x2",
+            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x64x8x2 32x32x8x2",
         },
         "sm_120": {
-            "forward": "128x64x8x2 128x32x8x2  64x32x4x2 64x32x4x2  16x16x4x2 16x16x4x2",
-            "query": "128x32x8x2 128x32x8x2  64x32x8x2 64x32x8x2  16x16x4x2 16x16x4x2",
-            "key": "32x128x8x2 32x32x4x2  64x64x8x2 64x64x8x2  16x16x4x2 16x16x4x2",
-            "prefix": "64x128x8x2 32x64x8x2  64x64x8x2 64x64x8x2  16x16x4x2 16x16x4x2",
+            "forward": "128x64x8x2 128x32x8x2  64x32x4x2 64x32x4x2  64x32x8x2 64x32x8x2",
+            "query": "128x32x8x2 128x32x8x2  64x32x8x2 64x32x8x2  32x32x8x2 32x32x8x2",
+            "key": "32x128x8x2 32x32x4x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 32x64x8x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
         },
     },
     "fp32": {
         "sm_80": {
-            "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "query": "128x32x8x2 32x32x4x2  32x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
-            "key": "32x32x4x2 32x32x4x2  64x64x8x2 64x64x8x2  16x16x4x2 16x16x4x2",
-            "prefix": "32x128x8x2 32x128x8x2  64x64x8x2 64x64x8x2  16x16x4x2 16x16x4x2",
+            "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",
+            "query": "32x32x4x2 16x32x4x2  16x32x4x2 16x32x4x2",
+            "key": "32x32x4x2 32x32x4x2  64x64x8x2 64x64x8x2",
+            "prefix": "32x128x8x2 32x128x8x2  64x64x8x2 64x64x8x2",
         },
         "sm_90": {
-            "forward": "128x64x8x3 128x64x8x3  128x32x8x2 128x32x8x2  16x16x4x2 16x16x4x2",
-            "query": "128x64x8x2 128x32x8x2  128x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
-            "key": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
-            "prefix": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
+            "forward": "128x64x8x3 128x64x8x3  128x32x8x2 128x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  128x32x8x2 16x32x4x2",
+            "key": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
         },
         "sm_100": {
-            "forward": "128x64x8x2 128x64x8x3  128x32x8x2 128x32x8x2  16x16x4x2 16x16x4x2",
-            "query": "128x64x8x2 128x32x8x2  64x32x8x2 64x32x8x2  16x16x4x2 16x16x4x2",
-            "key": "64x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2  16x16x4x2 16x16x4x2",
-            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x64x8x2  16x16x4x2 16x16x4x2",
+            "forward": "128x64x8x2 128x64x8x3  128x32x8x2 128x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  64x32x8x2 64x32x8x2",
+            "key": "64x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
+            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x64x8x2",
         },
         "sm_120": {
-            "forward": "128x32x8x2 128x32x8x2  16x32x4x2 32x32x4x2  16x16x4x2 16x16x4x2",
-            "query": "16x16x4x2 16x16x4x2  16x32x4x2 32x32x8x2  16x16x4x2 16x16x4x2",
-            "key": "16x16x4x2 16x16x4x2  32x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
-            "prefix": "16x16x4x2 16x16x4x2  32x32x8x2 32x32x8x2  16x16x4x2 16x16x4x2",
+            "forward": "128x32x8x2 128x32x8x2  16x32x4x2 32x32x4x2",
+            "query": "32x32x4x2 32x32x4x2  16x32x4x2 32x32x8x2",
+            "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
+            "prefix": "32x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
         },
     },
     "ragged": {
         "": {
-            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x8x2 16x16x8x2",
             "query": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "key": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "prefix": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "key": "32x32x8x2 32x32x8x2  32x32x8x2 32x32x8x2  16x16x8x2 16x16x8x2",
+            "prefix": "32x64x8x2 32x64x8x2  32x32x8x2 32x32x8x2  16x32x8x2 16x32x8x2",
         },
     },
     "ragged fp32": {
         "": {
-            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "query": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "key": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "prefix": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "query": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "key": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
+            "prefix": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
         },
     },
 }
+# Families that take the tiles of another where they have none of their own.
+_LIKE = {"sm_86": "sm_80", "sm_89": "sm_80"}
 _BLOCKS = (64, 128, 256)
 
 
 @functools.cache
 def _parsed(table: str, name: str, launch: str) -> tuple[PrefixTile, ...]:
-    line = _TABLES[table].get(name, _TABLES[table][""])[launch]
+    by_family = _TABLES[table]
+    home = next(each for each in (name, _LIKE.get(name), "") if each in by_family)
+    line = by_family[home][launch]
     return tuple(PrefixTile(*map(int, sizes.split("x"))) for sizes in line.split())
 
 
@@ -166,7 +170,7 @@ def prefix_tile(
     dropout: bool,
     aligned: bool = True,
 ) -> PrefixTile:
-    """Return how one launch of prefix attention runs; exact float32 products are the library's.
+    """Return how one launch of prefix attention runs; some float32 products are the library's.
 
     Args:
         device: where.
@@ -180,6 +184,8 @@ def prefix_tile(
         return _INTERPRETED
     table = "fp32" if dtype == torch.float32 else "16bit"
     if table == "fp32" and tiles.precision(dtype, device) == "ieee":
+        return LIBRARY
+    if table == "fp32" and head_size > _WIDEST_32BIT:
         return LIBRARY
     if not aligned:
         table = "ragged fp32" if table == "fp32" else "ragged"
@@ -206,7 +212,8 @@ def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool
 
 def prefix_cases(name: str, table: str) -> Iterator[tuple[str, int, bool, PrefixTile]]:
     """Yield (launch, block, dropout, tile) of every launch of a family's table."""
+    widest = _WIDEST_32BIT if "fp32" in table else MAX_HEAD_SIZE
     for launch in LAUNCHES:
-        for block in _BLOCKS:
+        for block in (block for block in _BLOCKS if block <= widest):
             for dropout in (False, True):
                 yield launch, block, dropout, family_tile(table, name, launch, block, dropout)

@@ -1,17 +1,20 @@
 """Prefix attention in Triton: forward in one launch.
 
-    s = scale · q kᵀ        out = softmax([s over prefix ; s over seen keys]) [V_prefix ; V]
-    gated:                  out = softmax(s over seen keys) V + tanh(gate) · softmax(s over prefix) V_prefix
+    s = scale · q kᵀ     out = softmax([s over prefix ; s over seen keys]) [V_prefix ; V]
+
+gated:
+
+    out = softmax(s over seen keys) V + tanh(gate) · softmax(s over prefix) V_prefix
 
 Grid (batch · key heads · row tiles,). A program holds a tile of query rows and their output in
 registers and streams keys: first the prefix, whose only mask is its end and which every batch row
-reads in place, then the blocks of the sequence that some row of the tile sees, those that lie inside
-every row's interval without a mask. The exponential is one of two, whose scores ``score_scale`` makes
-(|scale| log2 e), but in float32, where a change of base would cost accuracy.
+reads in place, then the blocks of the sequence that some row of the tile sees, those that lie
+inside every row's interval without a mask. The exponential is one of two, whose scores
+``score_scale`` makes (|scale| log2 e), but in float32, where a change of base would cost accuracy.
 
-Read: q once, prefix, k and v once per row tile from L2, by key head: query heads share them by index.
-Written: out and lse once. Probabilities are rounded to the dtype before they meet V, as flash
-attention does; dropout acts on them and is drawn again from its seed in backward.
+Read: q once, prefix, k and v once per row tile from L2, by key head: query heads share them by
+index. Written: out and lse once. Probabilities are rounded to the dtype before they meet V, as
+flash attention does; dropout acts on them and is drawn again from its seed in backward.
 
 Gated, the prefix comes last and twice: once for its normaliser, once for its values, so that one
 accumulator is enough, and the sequence is bit for bit what it is without a prefix.
@@ -27,48 +30,19 @@ from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
     load_block,
-    negated,
     row_tile,
     row_tiles,
     seen_keys,
     store_block,
+)
+from peft_kernels.prefix.score_kernels import (
+    exponential,
+    log_sum,
+    negated,
+    power_of_two,
+    scores,
     tanh,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def exponential(x, like):
-    """Return what makes probabilities of scores: 2^x, or in float32 e^x."""
-    if like.dtype == tl.float32:
-        return tl.exp(x)
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
-def scores(
-    q, k, offs_n, stop, first, last, mask_ptr, stride_mask,
-    MASK: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return q kᵀ of a block of keys, -inf where a key is not seen, [BLOCK_M, BLOCK_N].
-
-    MASK: whether any is unseen: those from ``stop`` on, or BOUNDED those outside of each row's
-    [first, last), and under KEY_MASK those that it hides.
-    """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASK:
-        if BOUNDED:
-            seen = (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < last[:, None])
-        else:
-            seen = (offs_n < stop)[None, :]
-        if KEY_MASK:
-            kept = tl.load(mask_ptr + offs_n * stride_mask, mask=offs_n < stop, other=0)
-            seen = seen & (kept != 0)[None, :]
-        s = tl.where(seen, s, float("-inf"))
-    return s
 
 
 @triton.jit
@@ -143,12 +117,10 @@ def _add_gated(
 ):  # fmt: skip
     """Return acc + factor · e^(s - row_max) V_prefix, the factor one number for each row.
 
-    A power of two of each factor goes into acc and out again, so that what is rounded to the dtype
-    does not underflow there and nothing else is rounded.
+    A power of two of each factor goes into acc and out again: see ``power_of_two``.
     """
     offs = tl.arange(0, BLOCK_N)
-    unit = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    unit = tl.where(factor == 0.0, 1.0, tl.maximum(unit, 8.673617379884035e-19))  # 2 ** -60
+    unit = power_of_two(factor)
     acc = acc * (1.0 / unit)[:, None]
     factor = factor * (1.0 / unit)
     for index in range(blocks):
@@ -167,21 +139,7 @@ def _add_gated(
     return acc * unit[:, None]
 
 
-@triton.jit
-def _log_sum(row_max, row_sum, like):
-    """Return the natural logarithm of the sum of e^s, -inf of nothing."""
-    something = row_sum > 0.0
-    some = tl.where(something, row_sum, 1.0)
-    if like.dtype == tl.float32:
-        log = row_max + tl.log(some)
-    else:
-        log = (row_max + tl.log2(some)) * LN2
-    return tl.where(something, log, float("-inf"))
-
-
-@triton.jit(
-    do_not_specialize=["S", "T", "P", "window", "segments", "steps", "drop_threshold"]
-)
+@triton.jit(do_not_specialize=["S", "T", "P", "window", "segments", "steps", "drop_threshold"])
 def _prefix_forward_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, mask_ptr, cu_seqlens_ptr, gate_ptr, seed_ptr,
     out_ptr, lse_ptr, prefix_lse_ptr,
@@ -244,7 +202,7 @@ def _prefix_forward_kernel(
         D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DROPOUT, PRECISION,
     )  # fmt: skip
 
-    tl.store(lse_ptr + rows, _log_sum(row_max, row_sum, q), mask=exists)
+    tl.store(lse_ptr + rows, log_sum(row_max, row_sum, q), mask=exists)
     acc = acc * (inverse_keep / tl.where(row_sum > 0.0, row_sum, 1.0))[:, None]
     if GATED:
         prefix_max, prefix_sum = row_max, row_sum * 0.0
@@ -259,8 +217,9 @@ def _prefix_forward_kernel(
             acc = _add_gated(
                 acc, strength * inverse_keep / prefix_sum, prefix_max,
                 q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
-                open_gate * tl.cdiv(P, BLOCK_P), P, seed_ptr, rows, groups, drop_threshold, score_scale,
+                open_gate * tl.cdiv(P, BLOCK_P), P, seed_ptr, rows, groups, drop_threshold,
+                score_scale,
                 D, BLOCK_D, BLOCK_P, DROPOUT, PRECISION,
             )  # fmt: skip
-        tl.store(prefix_lse_ptr + rows, _log_sum(prefix_max, prefix_sum, q), mask=exists)
+        tl.store(prefix_lse_ptr + rows, log_sum(prefix_max, prefix_sum, q), mask=exists)
     store_block(out_ptr, acc, rows * D, exists, D, BLOCK_D)

@@ -1,8 +1,8 @@
 """Who sees whom in prefix attention, and how tiles of rows and of keys are addressed.
 
-All masks but ``key_mask`` are one interval of keys for each query (``seen_keys``), or of queries for
-each key (``seeing_queries``): causal, window and packed segments cut it shorter. Blocks outside the
-intervals of a tile are not visited, blocks inside all of them need no mask (``block_ranges``).
+All masks but ``key_mask`` are one interval of keys for each query (``seen_keys``), or of queries
+for each key (``seeing_queries``): causal, window and packed segments cut it shorter. Blocks outside
+the intervals of a tile are not visited, blocks inside all of them need no mask (``block_ranges``).
 
 The query heads of one key head are rows: row r of S · group has head r // S and query r % S, which
 is how [B, Hq, S] lies in memory. A tile holds rows of one head, or under FOLD of as many as fit.
@@ -144,24 +144,3 @@ def store_block(ptr, value, offsets, exists, D: tl.constexpr, BLOCK_D: tl.conste
     mask = exists[:, None] & (offs_d < D)[None, :]
     ptrs = ptr + offsets[:, None] + offs_d[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def negated(block, NEGATE: tl.constexpr):
-    """Return the block, or minus it: how a negative scale enters scores that must only grow."""
-    if NEGATE:
-        return (-(block.to(tl.float32))).to(block.dtype)
-    else:
-        return block
-
-
-@triton.jit
-def tanh(x):
-    """Return tanh in float32: a series near 0, where the quotient would cancel."""
-    z = x * x
-    series = 21844.0 / 6081075.0 - z * (929569.0 / 638512875.0)
-    series = 62.0 / 2835.0 + z * (-1382.0 / 155925.0 + z * series)
-    series = 1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 + z * (-17.0 / 315.0 + z * series)))
-    decay = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(z < 0.25, x * series, tl.where(x < 0, -far, far))

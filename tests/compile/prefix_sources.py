@@ -29,7 +29,8 @@ _PREFIX = {
     "stride_pkn": "i32", "stride_pvb": "i32", "stride_pvh": "i32", "stride_pvn": "i32",
 }  # fmt: skip
 _BACKWARD = {
-    "dout_ptr": "*{t}", "delta_ptr": "*fp32", "correction_ptr": "*fp32", "scale": "fp32", "stride_ob": "i32",
+    "dout_ptr": "*{t}", "delta_ptr": "*fp32", "correction_ptr": "*fp32", "dlse_ptr": "*fp32",
+    "scale": "fp32", "stride_ob": "i32",
     "stride_oh": "i32", "stride_om": "i32",
 }  # fmt: skip
 _LAUNCHES = {
@@ -37,8 +38,8 @@ _LAUNCHES = {
         "gate_ptr": "*fp32", "out_ptr": "*{t}", "prefix_lse_ptr": "*fp32",
     },
     "query": _COMMON | _KEYS | _PREFIX | _BACKWARD | {
-        "dlse_ptr": "*fp32", "gate_ptr": "*fp32", "out_ptr": "*{t}", "prefix_lse_ptr": "*fp32",
-        "dq_ptr": "*{t}", "prefix_delta_ptr": "*fp32", "prefix_correction_ptr": "*fp32",
+        "gate_ptr": "*fp32", "out_ptr": "*{t}", "prefix_lse_ptr": "*fp32", "dq_ptr": "*{t}",
+        "prefix_delta_ptr": "*fp32", "prefix_correction_ptr": "*fp32",
     },
     "key": _COMMON | _KEYS | _BACKWARD | {"dk_ptr": "*{t}", "dv_ptr": "*{t}"},
     "prefix": _COMMON | _PREFIX | _BACKWARD | {
@@ -92,11 +93,13 @@ def prefix(
     if launch in ("forward", "query"):
         constants |= {"BLOCK_P": tile.block_n, "GATED": gated}
     if launch == "query":
-        constants |= {"HAS_DLSE": True, "NEED_DQ": True}
+        constants |= {"NEED_DQ": True}
     if launch in ("key", "prefix"):
         constants |= {"NEED_DK": True, "NEED_DV": True}
     if launch == "prefix":
         constants |= {"GATED": gated, "SPLITS": splits}
+    if launch != "forward":
+        constants |= {"HAS_DLSE": True}
     loose = _RAGGED
     if ragged:
         loose = loose | {name for name in types if name.startswith("stride") or "_ptr" in name}

@@ -189,11 +189,12 @@ def compile_case(case: Case, family: str) -> Report:
     from peft_kernels.adapter import kernels as adapter_kernels
     from peft_kernels.core import reduction_kernels
     from peft_kernels.lora import kernels as lora_kernels
-    from peft_kernels.prefix import backward_kernels as prefix_backward_kernels
     from peft_kernels.prefix import kernels as prefix_kernels
+    from peft_kernels.prefix import key_gradient_kernels, query_gradient_kernels
 
     homes = (
-        lora_kernels, adapter_kernels, reduction_kernels, prefix_kernels, prefix_backward_kernels,
+        lora_kernels, adapter_kernels, reduction_kernels, prefix_kernels, query_gradient_kernels,
+        key_gradient_kernels,
     )  # fmt: skip
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source

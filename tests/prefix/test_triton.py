@@ -26,23 +26,25 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp
 
 def problem(**options: Any) -> Problem:
     """Return a problem of few programs, each of which the interpreter runs in some 50 ms."""
-    return problems.problem(**({"batch": 1, "kv_heads": 1} | options))
+    return problems.problem(**({"batch": 1, "heads": 2, "kv_heads": 1} | options))
 
 
 # Tiles are of 16 rows and 16 keys there: sizes that leave whole blocks, edges and blocks unseen.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "everything ragged": {"queries": 21, "keys": 37, "prefix": 5, "size": 20},
     "aligned": {"queries": 16, "keys": 32, "prefix": 16, "size": 16},
-    "one of everything": {
-        "batch": 1, "heads": 1, "kv_heads": 1, "queries": 1, "keys": 1, "prefix": 1, "size": 1,
-    },
+    "one of everything": {"batch": 4, "heads": 3, "queries": 1, "keys": 1, "prefix": 1},
     "multi-head": {"batch": 2, "kv_heads": 2, "queries": 18, "keys": 18, "causal": True},
     "grouped": {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 18, "keys": 18, "causal": True},
     "causal": {"queries": 37, "keys": 37, "causal": True},
     "fewer queries than keys": {"queries": 20, "keys": 50, "causal": True},
     "more queries than keys": {"queries": 40, "keys": 9},
-    "decoding": {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 1, "keys": 33, "causal": True},
-    "decoding by as many heads": {"kv_heads": 2, "queries": 1, "keys": 33, "causal": True},
+    "decoding": {
+        "batch": 2, "heads": 4, "kv_heads": 2, "queries": 1, "keys": 33, "size": 40, "causal": True,
+    },
+    "decoding by as many heads": {
+        "batch": 2, "heads": 4, "kv_heads": 4, "queries": 1, "keys": 33, "size": 40, "causal": True,
+    },
     "heads of several tiles": {
         "heads": 14, "kv_heads": 2, "queries": 3, "keys": 40, "causal": True, "prefix": 33,
     },
@@ -56,9 +58,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "endless window": {"queries": 9, "keys": 20, "window": 2**31 - 1},
     "left padding": {"batch": 2, "queries": 20, "keys": 20, "padding": "left", "causal": True},
     "right padding": {"batch": 2, "queries": 20, "keys": 35, "padding": "right", "causal": True},
-    "random padding and window": {"batch": 2, "queries": 20, "keys": 20, "padding": "random", "window": 9},
+    "random padding and window": {
+        "batch": 2, "queries": 20, "keys": 20, "padding": "random", "window": 9,
+    },
     "a row without keys": {"batch": 2, "queries": 20, "keys": 20, "padding": "all"},
-    "nothing seen": {"batch": 2, "queries": 18, "keys": 20, "padding": "all", "prefix": 0, "causal": True},
+    "nothing seen": {
+        "batch": 2, "queries": 18, "keys": 20, "padding": "all", "prefix": 0, "causal": True,
+    },
     "folded padding": {"batch": 2, "queries": 2, "keys": 20, "padding": "right", "causal": True},
     "packed": {"lengths": (7, 1, 40, 10), "causal": True},
     "packed, both ways": {"lengths": (40, 3, 17), "prefix": 0},
@@ -71,11 +77,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "a prefix for each row": {"batch": 3, "queries": 18, "keys": 18, "shared": False},
     "gated": {"queries": 18, "keys": 18, "causal": True, "gated": True},
     "gated, no prefix": {"queries": 18, "keys": 18, "prefix": 0, "gated": True},
-    "gated, folded": {"heads": 6, "kv_heads": 2, "queries": 2, "keys": 18, "prefix": 33, "gated": True},
+    "gated, folded": {
+        "heads": 6, "kv_heads": 2, "queries": 2, "keys": 18, "prefix": 33, "gated": True,
+    },
     "gated, padding": {"batch": 2, "queries": 9, "keys": 18, "padding": "all", "gated": True},
-    "gated, a prefix for each row": {"batch": 2, "queries": 9, "keys": 9, "shared": False, "gated": True},
+    "gated, a prefix for each row": {
+        "batch": 2, "queries": 9, "keys": 9, "shared": False, "gated": True,
+    },
     "dropout": {"queries": 18, "keys": 35, "causal": True, "dropout_p": 0.3},
-    "dropout, folded": {"heads": 6, "kv_heads": 2, "queries": 3, "keys": 19, "prefix": 18, "dropout_p": 0.3},
+    "dropout, folded": {
+        "heads": 6, "kv_heads": 2, "queries": 3, "keys": 19, "prefix": 18, "dropout_p": 0.3,
+    },
     "dropout, gated": {"queries": 18, "keys": 19, "prefix": 18, "dropout_p": 0.3, "gated": True},
     "head size 40": {"queries": 18, "keys": 18, "size": 40, "causal": True},
     "head size 80": {"queries": 18, "keys": 18, "size": 80, "causal": True},
@@ -107,9 +119,7 @@ def test_a_gate_of_any_size(size: float, dtype: torch.dtype) -> None:
 def test_a_gate_of_zero_is_bit_for_bit_no_prefix(
     options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    given = problem(
-        queries=20, keys=37, prefix=8, causal=True, gated=True, dtype=dtype, **options
-    )
+    given = problem(queries=20, keys=37, prefix=8, causal=True, gated=True, dtype=dtype, **options)
     tensors = given.tensors | {"gate": torch.zeros(2)}
     tensors["value"] = torch.where(tensors["value"] < 0, -0.0, tensors["value"])
     inputs = replace(given, tensors=tensors).inputs()
@@ -249,11 +259,15 @@ def test_one_launch_forward_and_three_backward(gated: bool, launches: list[str])
     assert launches == ["_prefix_forward_kernel"]
     launches.clear()
     torch.autograd.backward([out, lse], [given.dout, given.dlse])
-    assert launches == [
-        "_prefix_query_gradient_kernel",
-        "_prefix_key_gradient_kernel",
-        "_prefix_gradient_kernel",
-    ] + ["_gate_gradient_kernel"] * gated
+    assert (
+        launches
+        == [
+            "_prefix_query_gradient_kernel",
+            "_prefix_key_gradient_kernel",
+            "_prefix_gradient_kernel",
+        ]
+        + ["_gate_gradient_kernel"] * gated
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,9 +297,7 @@ def test_what_is_frozen_is_not_launched(
     assert launches == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["query", "key", "value", "prefix_key", "prefix_value", "gate"]
-)
+@pytest.mark.parametrize("name", ["query", "key", "value", "prefix_key", "prefix_value", "gate"])
 def test_each_gradient_alone_is_the_same_as_among_all(name: str) -> None:
     given = problem(**RICH, gated=True)
     expected = _run(given)[f"d {name}"]
@@ -299,7 +311,7 @@ def test_each_gradient_alone_is_the_same_as_among_all(name: str) -> None:
 
 def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One buffer over many launches, as on a GPU stream: a stale counter would show."""
-    cases = [problem(**(RICH | {"prefix": prefix}), seed=prefix) for prefix in (19, 3, 35)]
+    cases = [problem(**(RICH | {"prefix": prefix}), seed=prefix) for prefix in (19, 3)]
     expected = [_run(given) for given in cases]
     buffer = torch.zeros(4096, dtype=torch.int32)
     monkeypatch.setattr(triton_runtime, "counters", lambda device, size: buffer)
