@@ -96,7 +96,7 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
         },
         "sm_100": {
             "forward": "128x64x8x2 128x64x8x3  128x32x8x2 128x32x8x2",
-            "query": "128x64x8x2 128x32x8x2  64x32x8x2 64x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  16x32x4x2 64x32x8x2",
             "key": "64x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
             "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x64x8x2",
         },
@@ -105,22 +105,6 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
             "query": "32x32x4x2 32x32x4x2  16x32x4x2 32x32x8x2",
             "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
             "prefix": "32x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
-        },
-    },
-    "ragged": {
-        "": {
-            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x8x2 16x16x8x2",
-            "query": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "key": "32x32x8x2 32x32x8x2  32x32x8x2 32x32x8x2  16x16x8x2 16x16x8x2",
-            "prefix": "32x64x8x2 32x64x8x2  32x32x8x2 32x32x8x2  16x32x8x2 16x32x8x2",
-        },
-    },
-    "ragged fp32": {
-        "": {
-            "forward": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "query": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "key": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
-            "prefix": "16x16x4x2 16x16x4x2  16x16x4x2 16x16x4x2",
         },
     },
 }
@@ -132,7 +116,7 @@ _BLOCKS = (64, 128, 256)
 @functools.cache
 def _parsed(table: str, name: str, launch: str) -> tuple[PrefixTile, ...]:
     by_family = _TABLES[table]
-    home = next(each for each in (name, _LIKE.get(name), "") if each in by_family)
+    home = name if name in by_family else _LIKE[name]
     line = by_family[home][launch]
     return tuple(PrefixTile(*map(int, sizes.split("x"))) for sizes in line.split())
 
@@ -141,8 +125,7 @@ def family_tile(table: str, name: str, launch: str, block: int, dropout: bool) -
     """Return a tile of a GPU family.
 
     Args:
-        table: "16bit", "fp32" (tf32 products), or "ragged" (16 bits) and "ragged fp32", where rows
-            do not start at multiples of 16 elements.
+        table: "16bit" or "fp32" (tf32 products).
         name: the family.
         launch: one of ``LAUNCHES``.
         block: columns of the block that holds a head.
@@ -168,7 +151,6 @@ def prefix_tile(
     head_size: int,
     launch: str,
     dropout: bool,
-    aligned: bool = True,
 ) -> PrefixTile:
     """Return how one launch of prefix attention runs; some float32 products are the library's.
 
@@ -178,7 +160,6 @@ def prefix_tile(
         head_size: d.
         launch: one of ``LAUNCHES``.
         dropout: whether there is dropout.
-        aligned: whether rows start at multiples of 16 elements, so that copies are asynchronous.
     """
     if device.type != "cuda":
         return _INTERPRETED
@@ -187,8 +168,6 @@ def prefix_tile(
         return LIBRARY
     if table == "fp32" and head_size > _WIDEST_32BIT:
         return LIBRARY
-    if not aligned:
-        table = "ragged fp32" if table == "fp32" else "ragged"
     return family_tile(table, tiles.family(device), launch, head_block(head_size), dropout)
 
 
@@ -201,10 +180,7 @@ def why_not(head_size: int) -> str | None:
 
 def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
     """Return how forward and backward of a call run, for ``explain``."""
-    found = [
-        prefix_tile(device, dtype, head_size, launch, dropout, head_size % 16 == 0)
-        for launch in LAUNCHES
-    ]
+    found = [prefix_tile(device, dtype, head_size, launch, dropout) for launch in LAUNCHES]
     if LIBRARY in found:
         return str(LIBRARY)
     return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found)
@@ -212,7 +188,7 @@ def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool
 
 def prefix_cases(name: str, table: str) -> Iterator[tuple[str, int, bool, PrefixTile]]:
     """Yield (launch, block, dropout, tile) of every launch of a family's table."""
-    widest = _WIDEST_32BIT if "fp32" in table else MAX_HEAD_SIZE
+    widest = _WIDEST_32BIT if table == "fp32" else MAX_HEAD_SIZE
     for launch in LAUNCHES:
         for block in (block for block in _BLOCKS if block <= widest):
             for dropout in (False, True):

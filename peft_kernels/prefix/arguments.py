@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -30,17 +29,6 @@ class Call:
     prefix_value: Tensor
     lse: Tensor
     seed: Tensor | None
-    dout: Tensor | None = None
-
-    @functools.cached_property
-    def aligned(self) -> bool:
-        """Whether rows start at multiples of 16 elements, so that copies can be asynchronous."""
-        operands = (self.query, self.key, self.value, self.prefix_key, self.prefix_value, self.dout)
-        return all(
-            t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
-            for t in operands
-            if t is not None and t.numel()
-        )
 
     @property
     def group(self) -> int:
@@ -51,7 +39,7 @@ class Call:
         """Return the tile of one launch: "forward", "query", "key" or "prefix"."""
         return prefix_tiles.prefix_tile(
             self.query.device, self.query.dtype, self.query.shape[3], launch,
-            self.seed is not None, self.aligned,
+            self.seed is not None,
         )  # fmt: skip
 
     def fold(self, tile: PrefixTile) -> bool:

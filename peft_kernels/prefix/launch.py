@@ -16,6 +16,7 @@ from peft_kernels.prefix import (
     query_gradient_kernels,
     reference,
 )
+from peft_kernels.prefix.alignment import call_aligned
 from peft_kernels.prefix.arguments import Call, some
 
 
@@ -38,13 +39,16 @@ def prefix_forward(
     prefix_lse: Tensor | None,
 ) -> None:
     """Write out [B, Hq, S, d], lse [B, Hq, S] and, where gated, prefix_lse in one launch."""
+    arguments = (
+        query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, causal,
+        scale, window, dropout_p, out, lse, prefix_lse,
+    )  # fmt: skip
     call = Call(query, key, value, prefix_key, prefix_value, lse, seed)
     tile = call.tile("forward")
     if tile == prefix_tiles.LIBRARY:
-        reference.forward(
-            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, causal,
-            scale, window, dropout_p, out, lse, prefix_lse,
-        )  # fmt: skip
+        reference.forward(*arguments)
+        return
+    if call_aligned(prefix_forward, arguments, range(5), (13,)):
         return
     with torch.cuda.device_of(query):
         kernels._prefix_forward_kernel[(call.row_programs(tile),)](
@@ -91,13 +95,16 @@ def prefix_backward(
     The first launch makes delta too, and in float32 the correction of lse. Only gradients of values
     in 16 bits need neither.
     """
-    call = Call(query, key, value, prefix_key, prefix_value, lse, seed, dout)
+    arguments = (
+        dout, dlse, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate,
+        seed, out, lse, prefix_lse, causal, scale, window, dropout_p, dquery, dkey, dvalue,
+        dprefix_key, dprefix_value, dgate,
+    )  # fmt: skip
+    call = Call(query, key, value, prefix_key, prefix_value, lse, seed)
     if call.tile("query") == prefix_tiles.LIBRARY:
-        reference.backward(
-            dout, dlse, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate,
-            seed, out, lse, prefix_lse, causal, scale, window, dropout_p, dquery, dkey, dvalue,
-            dprefix_key, dprefix_value, dgate,
-        )  # fmt: skip
+        reference.backward(*arguments)
+        return
+    if call_aligned(prefix_backward, arguments, (0, *range(2, 7)), range(18, 23), (11,)):
         return
     delta = torch.empty_like(lse)
     prefix_delta = torch.empty_like(lse) if gate is not None else delta

@@ -75,12 +75,8 @@ def prefix(
     fold: bool = False,
     negate: bool = False,
     splits: int = 8,
-    ragged: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
-    """Return (types, constants, divisible) of one launch: "forward", "query", "key", "prefix".
-
-    ``ragged``: rows of no tensor start at multiples of 16 elements.
-    """
+    """Return (types, constants, divisible) of one launch: "forward", "query", "key", "prefix"."""
     types = {name: kind.format(t=dtype) for name, kind in _LAUNCHES[launch].items()}
     constants: dict[str, Any] = {
         "D": head_size, "BLOCK_D": head_block(head_size), "BLOCK_M": tile.block_m,
@@ -100,10 +96,7 @@ def prefix(
         constants |= {"GATED": gated, "SPLITS": splits}
     if launch != "forward":
         constants |= {"HAS_DLSE": True}
-    loose = _RAGGED
-    if ragged:
-        loose = loose | {name for name in types if name.startswith("stride") or "_ptr" in name}
-    return types, constants, frozenset(set(types) - loose)
+    return types, constants, frozenset(set(types) - _RAGGED)
 
 
 def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
@@ -135,43 +128,24 @@ def _forms(launch: str) -> tuple[dict[str, Any], ...]:
     return _FORMS[launch if launch in _FORMS else "rows"]
 
 
-def _tables(dtype: str) -> tuple[str, ...]:
-    return ("fp32", "ragged fp32") if dtype == "fp32" else ("16bit", "ragged")
+def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any, PrefixTile]]:
+    """Yield (name, (launch, source), tile) of launches of a family.
 
-
-def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any, PrefixTile, str]]:
-    """Yield (name, (launch, source), tile, table) of launches of a family.
-
-    ``complete``: every tile with every form, some thousand kernels over all families. Else the two
-    hardest forms and head sizes are dealt out over the families, which share most of their tiles.
+    ``complete``: every tile with every form and head size, some three thousand kernels over all
+    families. Else each family has its share of them: every launch and block of a head, with dropout
+    in every other family, in one of the two hardest forms.
     """
-    turn = tiles.FAMILIES.index(family) + (dtype == "fp32")
-    for table in _tables(dtype):
-        for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table)):
-            main = table in ("16bit", "fp32")
-            forms, sizes = _forms(launch), _HEAD_SIZES[block]
-            if not complete:
-                if (number + turn) % (2 if main else 9):
-                    continue
-                forms = (forms[(number + turn) // 2 % 2],)
-                sizes = (sizes[(number + turn) // 4 % 3],)
-            for form in forms:
-                for size in sizes:
-                    yield _case(dtype, table, launch, size, dropout, tile, form)
-
-
-def _case(
-    dtype: str,
-    table: str,
-    launch: str,
-    size: int,
-    dropout: bool,
-    tile: PrefixTile,
-    form: dict[str, Any],
-) -> tuple[str, Any, PrefixTile, str]:
-    ragged = table.startswith("ragged")
-    size -= int(ragged)
-    source = prefix(dtype, tile, size, launch, dropout=dropout, ragged=ragged, **form)
-    what = " ".join(form) or "plain"
-    name = f"prefix {table} {launch} d{size} dropout{int(dropout)} {tile} {what}"
-    return name, (launch, source), tile, table
+    table = "fp32" if dtype == "fp32" else "16bit"
+    turn = tiles.FAMILIES.index(family) + (table == "fp32")
+    for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table), turn):
+        forms, sizes = _forms(launch), _HEAD_SIZES[block]
+        if not complete:
+            if number % 2:
+                continue
+            forms, sizes = (forms[number // 2 % 2],), (sizes[number // 4 % 3],)
+        for form in forms:
+            for size in sizes:
+                source = prefix(dtype, tile, size, launch, dropout=dropout, **form)
+                what = " ".join(form) or "plain"
+                name = f"prefix {launch} d{size} dropout{int(dropout)} {tile} {what}"
+                yield name, (launch, source), tile

@@ -161,13 +161,9 @@ def _adapters(family: str, dtype: str) -> Iterator[Case]:
 
 
 def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
-    for name, (launch, source), tile, table in prefix_sources.cases(
-        family, dtype, complete=complete
-    ):
+    for name, (launch, source), tile in prefix_sources.cases(family, dtype, complete=complete):
         kernel = prefix_sources.KERNELS[launch]
-        # Rows that start anywhere cannot be copied asynchronously.
-        pipelined = not table.startswith("ragged")
-        yield Case(name, kernel, source, tile.num_warps, tile.num_stages, pipelined)
+        yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
     source = prefix_sources.gate_gradient(prefix_tiles.GATE_BLOCK)
     yield Case("prefix gate gradient", "_gate_gradient_kernel", source, 4, 3, False, False)
 

@@ -29,29 +29,31 @@ def test_every_head_size_takes_a_tile_that_is_compiled_for_it(
     size: int, dropout: bool, launch: str
 ) -> None:
     block = next(block for block in (64, 128, 256) if size <= block)
-    for table, aligned in (("16bit", True), ("ragged", False)):
-        compiled = {
-            tile
-            for each, widest, masked, tile in prefix_tiles.prefix_cases("sm_90", table)
-            if (each, widest, masked) == (launch, block, dropout)
-        }
-        taken = prefix_tiles.prefix_tile(GPU, torch.bfloat16, size, launch, dropout, aligned)
-        assert compiled == {taken}
+    compiled = {
+        tile
+        for each, widest, masked, tile in prefix_tiles.prefix_cases("sm_90", "16bit")
+        if (each, widest, masked) == (launch, block, dropout)
+    }
+    assert compiled == {prefix_tiles.prefix_tile(GPU, torch.bfloat16, size, launch, dropout)}
 
 
 def test_aligned_means_rows_at_multiples_of_16_elements() -> None:
-    from peft_kernels.prefix.arguments import Call
+    from peft_kernels.prefix.alignment import aligned, is_aligned
 
-    def aligned(size: int, width: int | None = None, start: int = 0) -> bool:
+    def rows(size: int, width: int | None = None, start: int = 0) -> torch.Tensor:
         width = width or size
-        query = torch.empty(start + 2 * 4 * 5 * width, dtype=torch.bfloat16)[start:]
-        query = query.view(2, 4, 5, width)[..., :size]
-        rest = torch.empty(2, 4, 7, 64, dtype=torch.bfloat16)
-        return Call(query, rest, rest, rest, rest, torch.empty(2, 4, 5), None).aligned
+        flat = torch.arange(float(start + 2 * 3 * 5 * width))[start:]
+        return flat.view(2, 3, 5, width)[..., :size]
 
-    assert aligned(64) and aligned(80) and aligned(40, 48)
-    assert not aligned(40) and not aligned(64, 72)
-    assert not aligned(64, start=1), "the first row starts anywhere"
+    good = (rows(64), rows(80), rows(16, 48), rows(16)[:1].expand(2, -1, -1, -1))
+    bad = (rows(16, 24), rows(16, start=1), rows(40), rows(1))
+    assert all(is_aligned(t) and aligned(t) is t for t in good)
+    for t in bad:
+        assert not is_aligned(t)
+        copied = aligned(t)
+        assert is_aligned(copied)
+        assert torch.equal(copied[..., : t.shape[-1]], t)
+        assert copied.shape[-1] % 16 == 0 and not copied[..., t.shape[-1] :].any()
 
 
 def test_some_float32_is_the_librarys_and_explain_says_so() -> None:
@@ -74,7 +76,7 @@ def test_a_prefix_takes_no_wider_block_than_it_fills() -> None:
 
 def test_every_family_has_tiles() -> None:
     for name in tiles.FAMILIES:
-        for table in ("16bit", "fp32", "ragged", "ragged fp32"):
+        for table in ("16bit", "fp32"):
             found = list(prefix_tiles.prefix_cases(name, table))
             assert len(found) == 4 * 2 * (2 if "fp32" in table else 3)
             assert all(tile.block_m >= 16 and tile.block_n >= 16 for *_, tile in found)

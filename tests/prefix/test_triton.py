@@ -349,6 +349,36 @@ def test_strides_change_no_bit(layout: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("options", [{"size": 20}, {"size": 16, "gated": True}], ids=str)
+def test_rows_that_start_anywhere_are_copied_first(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, launches: list[str]
+) -> None:
+    """As on a GPU: padded to heads of 32, or copied as they are."""
+    from peft_kernels.prefix import alignment
+
+    given = problem(**(RICH | options))
+    moved = {
+        name: torch.cat([t, torch.zeros_like(t[..., :4])], -1)[..., :-4] if t.dim() > 2 else t
+        for name, t in given.tensors.items()
+    }
+    given = replace(given, tensors=moved)
+    expected = _run(given)
+    launched = list(launches)
+    seen: list[int] = []
+    kept = alignment.aligned
+
+    def aligned(t: Tensor) -> Tensor:
+        seen.append(t.shape[-1])
+        return kept(t)
+
+    monkeypatch.setattr(alignment, "matters", lambda device: True)
+    monkeypatch.setattr(alignment, "aligned", aligned)
+    found = _run(given)
+    assert seen and launches == 2 * launched
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_are_left_as_they_are() -> None:
     given = problem(**RICH, gated=True, padding="random")
     before = {name: t.clone() for name, t in given.tensors.items()}
