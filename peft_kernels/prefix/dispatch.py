@@ -7,12 +7,13 @@ opaque ops, so that the choice, the casts and a warning happen inside.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_kernels.core import backend as backends
+from peft_kernels.core import prefix_tiles, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import narrow, packed, widen
 from peft_kernels.prefix import check, cpp, reference
@@ -39,9 +40,33 @@ class PrefixSpec(NamedTuple):
     dropout: bool
 
 
+def _triton_forward(*args: Any) -> None:
+    from peft_kernels.prefix import launch
+
+    launch.prefix_forward(*args)
+
+
+def _triton_backward(*args: Any) -> None:
+    from peft_kernels.prefix import launch
+
+    launch.prefix_backward(*args)
+
+
+def _triton_why_not(spec: PrefixSpec) -> str | None:
+    reason = triton_runtime.why_not(spec.device, spec.dtype)
+    return reason or prefix_tiles.why_not(spec.head_size)
+
+
+def _triton_plan(spec: PrefixSpec) -> str:
+    return prefix_tiles.plan(spec.device, spec.dtype, spec.head_size, spec.dropout)
+
+
 PREFIX_ATTENTION = backends.Op(
     "prefix_attention",
     (
+        backends.Backend(
+            "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
+        ),
         backends.Backend("cpp", cpp.forward, cpp.backward, cpp.why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft_kernels.adapter import activations
-from peft_kernels.core import adapter_tiles, tiles
-from tests.compile import adapter_sources, lora_sources, reduction_sources
+from peft_kernels.core import adapter_tiles, prefix_tiles, tiles
+from tests.compile import adapter_sources, lora_sources, prefix_sources, reduction_sources
 from tests.compile.cross import Report, compile_for
 
+METHODS = ("lora", "adapter", "prefix", "prefix-complete")
 # Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
 _LAUNCHES = {
     "decode": (("forward", 0), ("forward", 1), ("backward", 0)),
@@ -171,8 +172,21 @@ def _adapters(family: str, dtype: str) -> Iterator[Case]:
     yield Case("adapter keep mask", "_keep_mask_kernel", source, 4, 3, False, False)
 
 
+def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
+    for name, (launch, source), tile in prefix_sources.cases(family, dtype, complete=complete):
+        kernel = prefix_sources.KERNELS[launch]
+        yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+    source = prefix_sources.gate_gradient(prefix_tiles.GATE_BLOCK)
+    yield Case("prefix gate gradient", "_gate_gradient_kernel", source, 4, 3, False, False)
+
+
 def cases(family: str, dtype: str, method: str) -> list[Case]:
-    """Return every case of a family, of "bf16", "fp16" or "fp32", and of "lora" or "adapter"."""
+    """Return the cases of a family, of "bf16", "fp16" or "fp32", and of one of ``METHODS``.
+
+    These are all there are, but for "prefix": "prefix-complete" has them.
+    """
+    if method.startswith("prefix"):
+        return list(_prefixes(family, dtype, method == "prefix-complete"))
     if method == "adapter":
         return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
     return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
@@ -183,8 +197,13 @@ def compile_case(case: Case, family: str) -> Report:
     from peft_kernels.adapter import kernels as adapter_kernels
     from peft_kernels.core import reduction_kernels
     from peft_kernels.lora import kernels as lora_kernels
+    from peft_kernels.prefix import kernels as prefix_kernels
+    from peft_kernels.prefix import key_gradient_kernels, query_gradient_kernels
 
-    homes = (lora_kernels, adapter_kernels, reduction_kernels)
+    homes = (
+        lora_kernels, adapter_kernels, reduction_kernels, prefix_kernels, query_gradient_kernels,
+        key_gradient_kernels,
+    )  # fmt: skip
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
@@ -196,7 +215,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=tiles.FAMILIES)
     parser.add_argument("dtypes", nargs="*", default=["bf16", "fp32"])
-    parser.add_argument("--method", choices=("lora", "adapter"), default="lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--only", default="", help="part of a case's name")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -1,0 +1,195 @@
+"""Tile table of prefix attention, per GPU family and shape class.
+
+Data, not code. Every tile here cross-compiles without spills for its families
+(``tests/compile``); which of them is fastest has not been measured: they are reasoned from the
+sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from peft_kernels.core import tiles
+
+LAUNCHES = ("forward", "query", "key", "prefix")
+# A program holds whole heads in its registers.
+MAX_HEAD_SIZE = 256
+# Two operands of wider heads in float32 leave no registers for their product.
+_WIDEST_32BIT = 128
+# Rows of one step of the gate's gradient.
+GATE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class PrefixTile:
+    """How one launch of prefix attention runs.
+
+    Attributes:
+        block_m: query rows of a tile.
+        block_n: keys of a tile.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        """Return the sizes in short."""
+        if self == LIBRARY:
+            return "library: exact float32, and wide heads of float32, as whole matrices of scores"
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+LIBRARY = PrefixTile(0, 0, 0, 0)
+_INTERPRETED = PrefixTile(16, 16, 4, 1)
+
+# One line for each launch: rows x keys x warps x stages for heads of at most 64, 128 and (in 16
+# bits) 256, each without and with dropout, whose mask takes registers. "key" is the launch of dk
+# and dv, "query" that of dq. A tile serves a launch with all of its features at once, gated or not:
+# a gate of zero then changes no bit.
+_TABLES: dict[str, dict[str, dict[str, str]]] = {
+    "16bit": {
+        "sm_80": {
+            "forward": "128x64x8x3 128x32x8x2  128x32x8x2 64x32x4x2  64x32x8x2 64x32x8x2",
+            "query": "128x32x8x2 64x32x4x2  64x32x8x2 64x32x8x2  32x32x4x2 32x32x8x2",
+            "key": "32x128x8x2 32x32x4x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 32x128x8x2  64x64x8x2 64x64x8x2  32x64x8x2 32x32x8x2",
+        },
+        "sm_90": {
+            "forward": "128x128x8x2 128x64x8x3  128x64x8x3 128x64x8x3  128x32x8x2 64x32x8x2",
+            "query": "128x64x8x2 128x64x8x2  128x64x8x2 128x32x8x2  32x32x8x2 16x32x4x2",
+            "key": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 64x128x8x2  64x64x8x2 32x128x8x2  32x64x8x2 32x32x8x2",
+        },
+        "sm_100": {
+            "forward": "128x64x8x3 128x64x8x3  128x64x8x3 128x64x8x2  64x32x8x2 64x32x8x2",
+            "query": "128x64x8x2 128x64x8x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
+            "key": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
+            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x128x8x2  32x64x8x2 32x32x8x2",
+        },
+        "sm_120": {
+            "forward": "128x64x8x2 128x32x8x2  64x32x4x2 64x32x4x2  64x32x8x2 64x32x8x2",
+            "query": "128x32x8x2 128x32x8x2  64x32x8x2 64x32x8x2  32x32x8x2 32x32x8x2",
+            "key": "32x128x8x2 32x32x4x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 32x64x8x2  64x64x8x2 64x64x8x2  32x32x8x2 32x32x8x2",
+        },
+    },
+    "fp32": {
+        "sm_80": {
+            "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",
+            "query": "32x32x4x2 16x32x4x2  16x32x4x2 16x32x4x2",
+            "key": "32x32x4x2 32x32x4x2  64x64x8x2 64x64x8x2",
+            "prefix": "32x128x8x2 32x128x8x2  64x64x8x2 64x64x8x2",
+        },
+        "sm_90": {
+            "forward": "128x64x8x3 128x64x8x3  128x32x8x2 128x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  128x32x8x2 16x32x4x2",
+            "key": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
+        },
+        "sm_100": {
+            "forward": "128x64x8x2 128x64x8x3  128x32x8x2 128x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  16x32x4x2 64x32x8x2",
+            "key": "64x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
+            "prefix": "64x128x8x2 64x128x8x2  32x128x8x2 32x64x8x2",
+        },
+        "sm_120": {
+            "forward": "128x32x8x2 128x32x8x2  16x32x4x2 32x32x4x2",
+            "query": "32x32x4x2 32x32x4x2  16x32x4x2 32x32x8x2",
+            "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
+            "prefix": "32x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
+        },
+    },
+}
+# Families that take the tiles of another where they have none of their own.
+_LIKE = {"sm_86": "sm_80", "sm_89": "sm_80"}
+_BLOCKS = (64, 128, 256)
+
+
+@functools.cache
+def _parsed(table: str, name: str, launch: str) -> tuple[PrefixTile, ...]:
+    by_family = _TABLES[table]
+    home = name if name in by_family else _LIKE[name]
+    line = by_family[home][launch]
+    return tuple(PrefixTile(*map(int, sizes.split("x"))) for sizes in line.split())
+
+
+def family_tile(table: str, name: str, launch: str, block: int, dropout: bool) -> PrefixTile:
+    """Return a tile of a GPU family.
+
+    Args:
+        table: "16bit" or "fp32" (tf32 products).
+        name: the family.
+        launch: one of ``LAUNCHES``.
+        block: columns of the block that holds a head.
+        dropout: whether the mask is drawn.
+    """
+    column = next(i for i, widest in enumerate(_BLOCKS) if block <= widest)
+    return _parsed(table, name, launch)[2 * column + int(dropout)]
+
+
+def head_block(head_size: int) -> int:
+    """Return the columns of the block that holds a head: a power of two of at least 16."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+def prefix_block(prefix: int, tile: PrefixTile) -> int:
+    """Return how many prefix keys are taken at a time: no more than there are, 0 of none."""
+    return 0 if prefix == 0 else min(tile.block_n, head_block(prefix))
+
+
+def prefix_tile(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    launch: str,
+    dropout: bool,
+) -> PrefixTile:
+    """Return how one launch of prefix attention runs; some float32 products are the library's.
+
+    Args:
+        device: where.
+        dtype: float32, float16 or bfloat16.
+        head_size: d.
+        launch: one of ``LAUNCHES``.
+        dropout: whether there is dropout.
+    """
+    if device.type != "cuda":
+        return _INTERPRETED
+    table = "fp32" if dtype == torch.float32 else "16bit"
+    if table == "fp32" and tiles.precision(dtype, device) == "ieee":
+        return LIBRARY
+    if table == "fp32" and head_size > _WIDEST_32BIT:
+        return LIBRARY
+    return family_tile(table, tiles.family(device), launch, head_block(head_size), dropout)
+
+
+def why_not(head_size: int) -> str | None:
+    """Return the reason against these kernels for a head size, or None."""
+    if head_size > MAX_HEAD_SIZE:
+        return f"a program holds heads of at most {MAX_HEAD_SIZE} features: use more, smaller heads"
+    return None
+
+
+def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    """Return how forward and backward of a call run, for ``explain``."""
+    found = [prefix_tile(device, dtype, head_size, launch, dropout) for launch in LAUNCHES]
+    if LIBRARY in found:
+        return str(LIBRARY)
+    return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found)
+
+
+def prefix_cases(name: str, table: str) -> Iterator[tuple[str, int, bool, PrefixTile]]:
+    """Yield (launch, block, dropout, tile) of every launch of a family's table."""
+    widest = _WIDEST_32BIT if table == "fp32" else MAX_HEAD_SIZE
+    for launch in LAUNCHES:
+        for block in (block for block in _BLOCKS if block <= widest):
+            for dropout in (False, True):
+                yield launch, block, dropout, family_tile(table, name, launch, block, dropout)

@@ -1,0 +1,127 @@
+"""The arguments of the prefix attention launches, made of the tensors of a call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from peft_kernels.core import prefix_tiles, tiles
+from peft_kernels.core.prefix_tiles import PrefixTile
+from peft_kernels.core.rng import drop_threshold
+
+# Of a scale of 0: scores are then equal, and what is hidden still differs from what is seen.
+_SMALLEST_SCALE = 1e-30
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of a call, and the arguments that its launches make of them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+    lse: Tensor
+    seed: Tensor | None
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def tile(self, launch: str) -> PrefixTile:
+        """Return the tile of one launch: "forward", "query", "key" or "prefix"."""
+        return prefix_tiles.prefix_tile(
+            self.query.device, self.query.dtype, self.query.shape[3], launch,
+            self.seed is not None,
+        )  # fmt: skip
+
+    def fold(self, tile: PrefixTile) -> bool:
+        """Return whether a tile holds rows of several heads: of few queries."""
+        return self.group > 1 and 2 * self.query.shape[2] <= tile.block_m
+
+    def row_programs(self, tile: PrefixTile) -> int:
+        """Return the programs that hold a tile of rows each."""
+        batch, heads, queries, _ = self.query.shape
+        if self.fold(tile):
+            kv_heads = self.key.shape[1]
+            return batch * kv_heads * triton.cdiv(self.group * queries, tile.block_m)
+        return batch * heads * triton.cdiv(queries, tile.block_m)
+
+    def prefix_block(self, tile: PrefixTile) -> int:
+        """Return how many prefix keys are taken at a time: no more than there are, 0 of none."""
+        return prefix_tiles.prefix_block(self.prefix_key.shape[2], tile)
+
+    def common(self, scale: float, dropout_p: float) -> dict[str, Any]:
+        """Return what every launch but the gate's takes."""
+        queries, head_size = self.query.shape[2:]
+        stride_qb, stride_qh, stride_qm, _ = self.query.stride()
+        base = 1.0 if self.query.dtype == torch.float32 else math.log2(math.e)
+        return {
+            "q_ptr": self.query, "lse_ptr": self.lse, "seed_ptr": some(self.seed, self.lse),
+            "stride_qb": stride_qb, "stride_qh": stride_qh, "stride_qm": stride_qm,
+            "S": queries, "T": self.key.shape[2], "P": self.prefix_key.shape[2],
+            "kv_heads": self.key.shape[1], "group": self.group,
+            "score_scale": max(abs(scale), _SMALLEST_SCALE) * base,
+            "inverse_keep": 1.0 / (1.0 - dropout_p),
+            "drop_threshold": drop_threshold(dropout_p) - 2**31,
+            "D": head_size, "BLOCK_D": prefix_tiles.head_block(head_size),
+            "DROPOUT": self.seed is not None, "NEGATE": scale < 0,
+            "PRECISION": tiles.precision(self.query.dtype, self.query.device),
+        }  # fmt: skip
+
+    def keys(
+        self,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        causal: bool,
+        window: int | None,
+    ) -> dict[str, Any]:
+        """Return keys, values and who sees them."""
+        stride_kb, stride_kh, stride_kn, _ = self.key.stride()
+        stride_vb, stride_vh, stride_vn, _ = self.value.stride()
+        stride_mask_b, stride_mask = (0, 0) if key_mask is None else key_mask.stride()
+        segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        # Wider windows hide nothing, and might overflow.
+        widest = self.query.shape[2] + self.key.shape[2]
+        return {
+            "k_ptr": self.key, "v_ptr": self.value, "mask_ptr": some(key_mask, self.lse),
+            "cu_seqlens_ptr": some(cu_seqlens, self.lse),
+            "stride_kb": stride_kb, "stride_kh": stride_kh, "stride_kn": stride_kn,
+            "stride_vb": stride_vb, "stride_vh": stride_vh, "stride_vn": stride_vn,
+            "stride_mask_b": stride_mask_b, "stride_mask": stride_mask,
+            "window": widest if window is None else min(window, widest),
+            "segments": segments, "steps": (segments - 1).bit_length(),
+            "CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None,
+            "KEY_MASK": key_mask is not None,
+        }  # fmt: skip
+
+    def prefix(self) -> dict[str, Any]:
+        """Return the prefix; one that all batch rows share has a stride of 0."""
+        shared = self.prefix_key.shape[0] == 1
+        stride_pkb, stride_pkh, stride_pkn, _ = self.prefix_key.stride()
+        stride_pvb, stride_pvh, stride_pvn, _ = self.prefix_value.stride()
+        return {
+            "prefix_k_ptr": self.prefix_key, "prefix_v_ptr": self.prefix_value,
+            "stride_pkb": 0 if shared else stride_pkb, "stride_pkh": stride_pkh,
+            "stride_pkn": stride_pkn, "stride_pvb": 0 if shared else stride_pvb,
+            "stride_pvh": stride_pvh, "stride_pvn": stride_pvn,
+        }  # fmt: skip
+
+    def blocks(self, tile: PrefixTile) -> dict[str, Any]:
+        """Return the sizes of a tile."""
+        return {
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "FOLD": self.fold(tile),
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        }  # fmt: skip
+
+
+def some(value: Tensor | None, otherwise: Tensor) -> Tensor:
+    """Return a value, or what stands for it where it is never read but must be some pointer."""
+    return otherwise if value is None else value

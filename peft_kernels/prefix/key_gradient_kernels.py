@@ -1,0 +1,271 @@
+"""Backward of prefix attention in Triton: dk and dv in one launch, the prefix's in one.
+
+    p = e^(s - lse)     dp = keep · dout vᵀ / (1 - p_drop)     ds = p · (dp - delta + dlse)
+    dk = scale · Σ_rows dsᵀ q     dv = Σ_rows (keep · p)ᵀ dout / (1 - p_drop)
+
+Launch 2 (batch · key heads · key tiles,) holds a tile of k, v and their gradients in registers and
+streams the rows that see it. Launch 3 (prefix tiles, prefixes · key heads, splits) does the same
+with the prefix and all rows of all batch rows that share it, split into parts whose float32 sums
+the last part to arrive adds in index order: no atomics on numbers, nothing of the size of a prefix
+for each batch row. delta and, in float32, the correction of p come from launch 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from peft_kernels.core.device import keep_mask, last_to_arrive
+from peft_kernels.prefix.rows_and_keys import (
+    block_ranges,
+    edge_block,
+    load_block,
+    row_tile,
+    row_tiles,
+    seeing_queries,
+    store_block,
+)
+from peft_kernels.prefix.score_kernels import (
+    exponential,
+    load_lse,
+    negated,
+    power_of_two,
+    tanh,
+)
+
+
+@triton.jit
+def _add_key_gradients(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr, gate_ptr,
+    inverse_unit, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first,
+    last,
+    seed_ptr, column, groups, drop_threshold, score_scale, inverse_keep,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return (dk / scale, dv · (1 - p)) of a tile of keys after one tile of rows.
+
+    BOUNDED: a key is seen by the queries of [first, last). GATED: p times tanh(gate), whose first
+    head is at ``gate_ptr``, times ``inverse_unit``.
+    """
+    head, query, row, exists = row_tile(tile, S, group, BLOCK_M, FOLD)
+    rows = first_row + row
+    query64 = query.to(tl.int64)
+    q = load_block(q_ptr, head * stride_qh + query64 * stride_qm, exists, D, BLOCK_D, LOAD_MASK)
+    dout = load_block(
+        dout_ptr, head * stride_oh + query64 * stride_om, exists, D, BLOCK_D, LOAD_MASK
+    )
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = exponential(s * score_scale - load_lse(lse_ptr, rows, exists, q)[None, :], q)
+    if BOUNDED:
+        seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
+        p = tl.where(seen, p, 0.0)
+    if q.dtype == tl.float32:
+        p *= tl.load(correction_ptr + rows, mask=exists, other=0.0)[None, :]
+    if GATED:
+        p *= (tanh(tl.load(gate_ptr + head + row * 0)) * inverse_unit)[None, :]
+    kept = p
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        keep = tl.trans(keep_mask(seed, rows, column // 4, groups, drop_threshold, BLOCK_N))
+        kept = tl.where(keep, p, 0.0)
+    if NEED_DV:
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    if NEED_DK:
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(keep, dp * inverse_keep, 0.0)
+        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
+        ds = dp - delta[None, :]
+        if HAS_DLSE and q.dtype == tl.float32:
+            ds += tl.load(dlse_ptr + rows, mask=exists, other=0.0)[None, :]
+        ds *= p
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["S", "T", "P", "window", "segments", "steps", "drop_threshold"])
+def _prefix_key_gradient_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, cu_seqlens_ptr, seed_ptr, lse_ptr, delta_ptr,
+    correction_ptr, dlse_ptr, dk_ptr, dv_ptr, stride_ob, stride_oh, stride_om, stride_qb,
+    stride_qh, stride_qm,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mask_b, stride_mask,
+    S, T, P, kv_heads, group, window, segments, steps, scale, score_scale, inverse_keep,
+    drop_threshold,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, KEY_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr,
+    NEED_DK: tl.constexpr,
+    NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (batch · key heads · key tiles,): dk and dv of the sequence."""
+    BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
+    tiles = tl.cdiv(T, BLOCK_N)
+    pair = tl.program_id(0) // tiles
+    n = (tl.program_id(0) % tiles) * BLOCK_N
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    key = n + tl.arange(0, BLOCK_N)
+    exists = key < T
+    key64 = key.to(tl.int64)
+    k = load_block(
+        k_ptr + batch * stride_kb + kv_head * stride_kh, key64 * stride_kn, exists, D, BLOCK_D, True
+    )
+    v = load_block(
+        v_ptr + batch * stride_vb + kv_head * stride_vh, key64 * stride_vn, exists, D, BLOCK_D, True
+    )
+    k = negated(k, NEGATE)
+    q_ptr += batch * stride_qb + kv_head * group * stride_qh
+    dout_ptr += batch * stride_ob + kv_head * group * stride_oh
+    first_row = pair.to(tl.int64) * group * S
+
+    # Keys that do not exist are the last one, so that they lengthen no interval.
+    first, last = seeing_queries(
+        tl.minimum(key, T - 1), S, T, window, cu_seqlens_ptr, segments, steps,
+        CAUSAL, WINDOW, PACKED,
+    )  # fmt: skip
+    if KEY_MASK:
+        kept = tl.load(mask_ptr + batch * stride_mask_b + key64 * stride_mask, mask=exists, other=0)
+        last = tl.where(kept != 0, last, 0)
+    start, before, whole, whole_blocks, edges = block_ranges(first, last, BLOCK_M, False)
+    padded = tl.cdiv(P, 4) * 4
+    groups = (padded + tl.cdiv(T, 4) * 4) // 4
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if FOLD:
+        for tile in range(tl.cdiv(group * S, BLOCK_M)):
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
+                group, first, last,
+                seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
+                NEED_DK, NEED_DV, PRECISION,
+            )  # fmt: skip
+    else:
+        blocks = tl.cdiv(S, BLOCK_M)
+        for index in range(group * whole_blocks):
+            tile = index // whole_blocks * blocks + whole + index % whole_blocks
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
+                group, first, last,
+                seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, HAS_DLSE, DROPOUT, FOLD,
+                NEED_DK, NEED_DV, PRECISION,
+            )  # fmt: skip
+        for index in range(group * edges):
+            block = edge_block(index % edges, start, before, whole, whole_blocks)
+            tile = index // edges * blocks + block
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
+                group, first, last,
+                seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
+                NEED_DK, NEED_DV, PRECISION,
+            )  # fmt: skip
+    rows = pair.to(tl.int64) * T + key64  # of [B, Hkv, T]
+    if NEED_DK:
+        store_block(dk_ptr, dk * scale, rows * D, exists, D, BLOCK_D)
+    if NEED_DV:
+        store_block(dv_ptr, dv * inverse_keep, rows * D, exists, D, BLOCK_D)
+
+
+@triton.jit
+def _sum_parts(part_ptr, splits, size, offs, mask, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the sum of all parts of a tile in index order."""
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for split in range(splits):
+        total += tl.load(
+            part_ptr + split * size + offs,
+            mask=mask, other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "S", "T", "P", "drop_threshold"])
+def _prefix_gradient_kernel(
+    dout_ptr, q_ptr, prefix_k_ptr, prefix_v_ptr, gate_ptr, seed_ptr, lse_ptr, delta_ptr,
+    correction_ptr, dlse_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, counters_ptr,
+    stride_ob, stride_oh, stride_om, stride_qb, stride_qh, stride_qm,
+    stride_pkb, stride_pkh, stride_pkn, stride_pvb, stride_pvh, stride_pvn,
+    B, S, T, P, kv_heads, group, scale, score_scale, inverse_keep, drop_threshold,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (prefix tiles, prefixes · key heads, splits); B: batch rows that share a prefix.
+
+    ``lse`` and ``delta`` are those of the softmax that the prefix takes part in.
+    """
+    n = tl.program_id(0) * BLOCK_N
+    pair = tl.program_id(1)  # of [Bp, Hkv]
+    owner, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    exists = offs_n < P
+    offs_n64 = offs_n.to(tl.int64)
+    k = load_block(
+        prefix_k_ptr + owner * stride_pkb + kv_head * stride_pkh, offs_n64 * stride_pkn,
+        exists, D, BLOCK_D, True,
+    )  # fmt: skip
+    v = load_block(
+        prefix_v_ptr + owner * stride_pvb + kv_head * stride_pvh, offs_n64 * stride_pvn,
+        exists, D, BLOCK_D, True,
+    )  # fmt: skip
+    k = negated(k, NEGATE)
+    q_ptr += kv_head * group * stride_qh
+    dout_ptr += kv_head * group * stride_oh
+    groups = tl.cdiv(P, 4) + tl.cdiv(T, 4)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    tiles = row_tiles(S, group, BLOCK_M, FOLD)
+    gate_ptr += kv_head * group
+    unit = 1.0
+    if GATED:
+        strongest = 0.0
+        for head in range(group):
+            strongest = tl.maximum(strongest, tl.abs(tanh(tl.load(gate_ptr + head))))
+        unit = power_of_two(strongest)
+    length = tl.cdiv(B * tiles, SPLITS)
+    begin = tl.program_id(2) * length
+    for index in range(begin, tl.minimum(begin + length, B * tiles)):
+        batch = owner * B + index // tiles
+        dk, dv = _add_key_gradients(
+            dk, dv, k, v, q_ptr + batch * stride_qb, dout_ptr + batch * stride_ob,
+            lse_ptr, delta_ptr, correction_ptr, dlse_ptr, gate_ptr, 1.0 / unit,
+            stride_qh, stride_qm, stride_oh, stride_om, index % tiles,
+            (batch * kv_heads + kv_head) * group * S, S, group, offs_n, offs_n,
+            seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, False, GATED, HAS_DLSE, DROPOUT, FOLD,
+            NEED_DK, NEED_DV, PRECISION,
+        )  # fmt: skip
+    dk *= scale * unit
+    dv *= inverse_keep * unit
+
+    offs = (pair.to(tl.int64) * P + offs_n64) * D
+    finished = True
+    if SPLITS > 1:
+        size = tl.num_programs(1).to(tl.int64) * P * D
+        offs_d = tl.arange(0, BLOCK_D)
+        offs_part = offs[:, None] + offs_d[None, :]
+        mask = exists[:, None] & (offs_d < D)[None, :]
+        split = tl.program_id(2).to(tl.int64) * size
+        if NEED_DK:
+            tl.store(dk_part_ptr + split + offs_part, dk, mask=mask)
+        if NEED_DV:
+            tl.store(dv_part_ptr + split + offs_part, dv, mask=mask)
+        counter = counters_ptr + pair * tl.num_programs(0) + tl.program_id(0)
+        finished = last_to_arrive(counter, SPLITS)
+    if finished:
+        if SPLITS > 1:
+            if NEED_DK:
+                dk = _sum_parts(dk_part_ptr, SPLITS, size, offs_part, mask, BLOCK_N, BLOCK_D)
+            if NEED_DV:
+                dv = _sum_parts(dv_part_ptr, SPLITS, size, offs_part, mask, BLOCK_N, BLOCK_D)
+        if NEED_DK:
+            store_block(dk_ptr, dk, offs, exists, D, BLOCK_D)
+        if NEED_DV:
+            store_block(dv_ptr, dv, offs, exists, D, BLOCK_D)
