@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from bench.adapter.method import METHOD as ADAPTER
 from bench.lora.method import METHOD as LORA
 from bench.method import Case, Method
+from bench.prefix import METHOD as PREFIX
 from bench.prompt import METHOD as PROMPT
 
-METHODS: dict[str, Method] = {each.name: each for each in (LORA, ADAPTER, PROMPT)}
+METHODS: dict[str, Method] = {each.name: each for each in (LORA, ADAPTER, PREFIX, PROMPT)}
 
 
 def method_of(case: Case) -> Method:

@@ -1,0 +1,286 @@
+"""Prefix attention, for every benchmark: cases, providers, what is right, what is asked.
+
+A case is one causal self-attention behind a shared prefix, and its backward to q, k, v and the prefix.
+Providers: ``eager``, the path that peft takes through transformers: prefix and keys concatenated, heads
+repeated, SDPA under a dense mask (made beforehand: a model makes it once for all layers); ``compile``,
+that under ``torch.compile``; ``fused``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.method import (
+    BOTH,
+    COMPILED,
+    CPU,
+    DRY,
+    FORWARD,
+    GPU,
+    MAIN,
+    MEMORY,
+    OURS,
+    SHORT,
+    Case,
+    Expected,
+    Forward,
+    Method,
+    Provider,
+    Target,
+    packaged,
+    results,
+    speed_up,
+)
+from bench.roofline import Work
+from peft_kernels import prefix_attention
+
+OTHER_ORDERS = 4  # of eager's sums: one order alone is luck
+
+
+@dataclass(frozen=True)
+class PrefixCase(Case):
+    """q [batch, heads, tokens, head_size], k and v with kv_heads, a prefix of `length` rows.
+
+    Attributes:
+        name: as in ``Case``, like suite and reported.
+        dtype: of every tensor.
+        length: P.
+    """
+
+    op: ClassVar[str] = "prefix"
+    name: str
+    suite: str
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    length: int
+    head_size: int
+    dtype: str = "bfloat16"
+    reported: bool = False
+
+
+def _case(suite: str, *sizes: int, dtype: str = "bfloat16") -> PrefixCase:
+    b, h, hkv, s, p, d = sizes
+    place = {MEMORY: "saved ", DRY: "dry "}.get(suite, "")
+    name = f"{place}prefix B{b} H{h}/{hkv} S{s} P{p} d{d} {SHORT[dtype]}"
+    return PrefixCase(name, suite, *sizes, dtype, suite in (GPU, DRY))
+
+
+CASES = (
+    *(
+        _case(CPU, 4, 16, 4, 512, length, 64, dtype=dtype)
+        for length in (32, 128)
+        for dtype in ("float32", "bfloat16")
+    ),
+    _case(MEMORY, 4, 16, 4, 512, 128, 64),
+    *(
+        _case(GPU, *sizes)
+        for sizes in (
+            (32, 32, 8, 512, 16, 128), (8, 32, 8, 2048, 32, 128), (2, 32, 8, 8192, 128, 128),
+            (32, 12, 12, 512, 128, 64), (8, 32, 8, 512, 2048, 128),
+        )
+    ),
+    _case(DRY, 2, 4, 2, 21, 5, 16, dtype="float32"),
+)  # fmt: skip
+
+
+def quick(case: PrefixCase) -> PrefixCase:
+    """Return ``case`` cut to a size that proves the code runs and measures nothing."""
+    return replace(
+        case, name=f"quick {case.name}", batch=2, heads=4, kv_heads=2, tokens=21, length=5,
+        head_size=16,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrefixProblem:
+    """What every provider is given."""
+
+    case: PrefixCase
+    tensors: tuple[Tensor, ...]  # q, k, v, prefix_k, prefix_v: the last two [kv_heads, P, d]
+    mask: Tensor  # bool [S, P + S], True = seen: for SDPA
+    dy: Tensor
+
+    @property
+    def alive(self) -> tuple[Tensor, ...]:
+        """The inputs and the prefix."""
+        return self.tensors
+
+    def leaves(self, frozen: bool) -> dict[str, Tensor]:
+        """Return what gradients are taken of."""
+        return dict(zip(("q", "k", "v", "prefix_k", "prefix_v"), self.tensors, strict=True))
+
+    def keep_mask(self) -> Tensor | None:
+        """Return None: nothing is dropped."""
+        return None
+
+
+def make_problem(case: PrefixCase, device: str | torch.device, seed: int = 0) -> PrefixProblem:
+    """Return the tensors of a case, the same ones for the same seed."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, case.head_size, device=device, generator=generator)
+        return drawn.to(case.torch_dtype)
+
+    b, h, hkv, s, p = case.batch, case.heads, case.kv_heads, case.tokens, case.length
+    shapes = ((b, h, s), (b, hkv, s), (b, hkv, s), (hkv, p), (hkv, p))
+    tensors = tuple(normal(*shape).requires_grad_() for shape in shapes)
+    seen = torch.ones(s, p + s, dtype=torch.bool, device=device).tril(p)
+    return PrefixProblem(case, tensors, seen, normal(b, h, s))
+
+
+def eager_form(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
+) -> Tensor:
+    """Return attention as peft and transformers compute it, by concatenation and a dense mask."""
+    batch, heads = q.shape[:2]
+
+    def whole(prefix: Tensor, own: Tensor) -> Tensor:
+        joined = torch.cat((prefix.expand(batch, -1, -1, -1), own), dim=2)
+        repeated = joined[:, :, None].expand(-1, -1, heads // own.shape[1], -1, -1)
+        return repeated.reshape(batch, heads, *joined.shape[2:])
+
+    return F.scaled_dot_product_attention(
+        q, whole(prefix_k, k), whole(prefix_v, v), attn_mask=mask[None, None]
+    )
+
+
+def _eager(problem: PrefixProblem, keep: Tensor | None) -> Forward:
+    given = (*problem.tensors, problem.mask)
+    return lambda: eager_form(*given)
+
+
+def _compiled(problem: PrefixProblem, keep: Tensor | None) -> Forward:
+    torch._dynamo.reset()
+    compiled = torch.compile(eager_form, dynamic=False)
+    given = (*problem.tensors, problem.mask)
+    return lambda: compiled(*given)
+
+
+def fused(backend: str | None = None) -> Provider:
+    """Return the provider of ``prefix_attention`` on a backend (None: the best)."""
+
+    def arguments(
+        problem: PrefixProblem, keep: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        return problem.tensors, {"causal": True}
+
+    return packaged(prefix_attention, arguments, backend)
+
+
+EAGER, FUSED = Provider("eager", _eager), fused()
+
+
+def attention(problem: PrefixProblem, order: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
+    """Return results by matmul and softmax in float64, by SDPA in other dtypes.
+
+    Args:
+        problem: the problem.
+        order: permutations of queries, keys and a head's features that sums are made in.
+    """
+    q, k, v, prefix_k, prefix_v = problem.tensors
+    batch, heads = q.shape[:2]
+
+    def whole(prefix: Tensor, own: Tensor) -> Tensor:
+        joined = torch.cat((prefix.expand(batch, -1, -1, -1), own), dim=2)
+        return joined.repeat_interleave(heads // own.shape[1], dim=1)
+
+    keys, values, mask, dy = whole(prefix_k, k), whole(prefix_v, v), problem.mask, problem.dy
+    if order is not None:
+        queries, places, features = order
+        q, dy = q[:, :, queries][..., features], dy[:, :, queries]
+        keys, values = keys[:, :, places][..., features], values[:, :, places]
+        mask = mask[queries][:, places]
+    if q.dtype == torch.float64:
+        scores = (q @ keys.mT) * problem.case.head_size**-0.5
+        y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+    else:
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None])
+    found = results(y, dy, problem.leaves(False))
+    if order is not None:
+        found["y"] = found["y"][:, :, queries.argsort()]
+    return found
+
+
+def expected(problem: PrefixProblem, keep: Tensor | None, frozen: bool) -> Expected:
+    """Return the results in float64, and in the case's dtype: SDPA's and other orders of sums."""
+    case, device = problem.case, problem.dy.device
+    wide = replace(
+        problem,
+        tensors=tuple(each.detach().double().requires_grad_() for each in problem.tensors),
+        dy=problem.dy.double(),
+    )
+    generator = torch.Generator().manual_seed(0)
+    sizes = (case.tokens, case.length + case.tokens, case.head_size)
+    orders = [
+        tuple(torch.randperm(size, generator=generator).to(device) for size in sizes)
+        for _ in range(OTHER_ORDERS)
+    ]
+    eager = [results(_eager(problem, None)(), problem.dy, problem.leaves(False))]
+    return Expected(attention(wide), eager + [attention(problem, order) for order in orders])
+
+
+def work(case: PrefixCase, direction: str, provider: str = OURS) -> Work:
+    """Return the arithmetic of what is seen, and every tensor once."""
+    b, h, hkv, s, p, d = (
+        case.batch, case.heads, case.kv_heads, case.tokens, case.length, case.head_size
+    )  # fmt: skip
+    seen = s * p + s * (s + 1) // 2
+    flops, size = 4 * b * h * d * seen, case.torch_dtype.itemsize
+    rows, shared = b * s * d * size, 2 * hkv * p * d * size
+    moved = 2 * h * rows + 2 * hkv * rows + shared + 4 * b * h * s
+    if direction == BOTH:
+        # Scores again, dP, dV, dQ and dK.
+        flops += 10 * b * h * d * seen
+        moved += 4 * h * rows + 4 * hkv * rows + 2 * shared + 4 * b * h * s
+    return Work(flops, moved)
+
+
+def saved_over_out(row: Any) -> float | None:
+    """Return what is saved beyond the inputs, as a multiple of out and its float32 lse."""
+    case: PrefixCase = row.case
+    rows = case.batch * case.heads * case.tokens
+    if row.saved_bytes is None:
+        return None
+    return float(row.saved_bytes / (rows * (case.head_size * case.torch_dtype.itemsize + 4)))
+
+
+def _targets() -> tuple[Target, ...]:
+    def asked(label: str, limit: float, dtype: str, length: int) -> Target:
+        return Target(
+            f"cpu {label}, {BOTH}: eager / ours", limit, speed_up, CPU, BOTH,
+            lambda case: case.dtype == dtype and case.length == length, True,
+        )  # fmt: skip
+
+    return (
+        asked("fp32 P 32", 1.0, "float32", 32),
+        asked("fp32 P 128", 1.15, "float32", 128),
+        asked("bf16 P 32", 1.0, "bfloat16", 32),
+        asked("bf16 P 128", 1.0, "bfloat16", 128),
+        Target("saved beyond q, k, v, prefix: x out and lse", 1.01, saved_over_out, MEMORY, FORWARD),
+        Target(f"gpu, {BOTH}: eager / ours", 2.0, speed_up, GPU, BOTH, at_least=True),
+    )
+
+
+METHOD = Method(
+    name=PrefixCase.op,
+    case_type=PrefixCase,
+    cases=CASES,
+    quick=quick,
+    make_problem=make_problem,
+    expected=expected,
+    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
+    work=work,
+    targets=_targets(),
+    seconds={CPU: 8.0, GPU: 4.0},
+    gpu={MAIN: (EAGER, replace(fused("triton"), name=OURS))},
+    columns={"compile": "torch.compile", "fused": "peft_kernels"},
+    title="prefix: batch, heads/kv heads, tokens, prefix length, head size, dtype",
+)
