@@ -4,8 +4,8 @@
 //   p = exp(s - lse)   ds = p (d_out v - delta + d_lse) scale
 //   dv += p d_out      dk += ds q      dq += ds k
 //
-// Gradients of keys are summed over the rows of an item while their segment lies in the cache, those of
-// a shared prefix over its samples too; what several items add to is added in the order of the items.
+// Gradients of keys are summed over the rows of an item, those of a shared prefix over its samples too;
+// what several items add to is added in the order of the items.
 #include <cmath>
 
 #include "prefix_parts.h"
@@ -234,8 +234,7 @@ class Backward {
   }
 
   // sums[width, padded head] += factors[rows, width] transposed times the packed rows.
-  void add_rows(
-      const Narrowed& factors, const ScoreTile& tile, const float* panels, float* sums) {
+  void add_rows(const Narrowed& factors, const ScoreTile& tile, const float* panels, float* sums) {
     K::multiply({
         .a = factors.transposed, .a_row = 1, .a_step = factors.transposed_step,
         .b = panels, .b_panel = sizes_.rows / K::kPair * kPanel,
@@ -274,7 +273,7 @@ class Backward {
   Tiles<K> tiles_;
   const Sizes& sizes_;
   int64_t query_chunk_ = 0;
-  float *d_prefix_key_ = nullptr, *d_prefix_value_ = nullptr;  // of the part, null where not wanted
+  float *d_prefix_key_ = nullptr, *d_prefix_value_ = nullptr;  // of the part; null: not wanted
   std::unique_ptr<float[]> values_, key_panels_, d_outs_, query_panels_, d_out_panels_, products_,
       transposed_, d_keys_, d_values_;
   std::vector<float> lse_, delta_, d_lse_, factor_, d_query_;
