@@ -24,6 +24,8 @@ from bench.store import ROOT
 PLAN = "triton: forward ticket 128x256x64, 8 warps, 3 stages; backward split: library GEMM"
 FACTORS = {"fused": 1.02, "frozen": 1.0, "factored": 1.25, "eager": 1.5}
 
+OTHERS = ["adapter", "prefix", "prompt"]  # than LoRA
+
 
 def _rows(group: str, names: dict[str, float]) -> list[dict[str, Any]]:
     rows = []
@@ -79,7 +81,7 @@ def test_summary_is_short_and_right() -> None:
 
 def test_summary_has_a_table_and_figures_of_every_method() -> None:
     rows = list(content()["rows"])
-    for op in ("adapter", "prompt"):
+    for op in OTHERS:
         for case in METHODS[op].of_suite(GPU, reported=True):
             for direction in DIRECTIONS:
                 for name, ms in (("eager", 2.3), ("peft", 4.6), ("fused", 1.0)):
@@ -92,8 +94,8 @@ def test_summary_has_a_table_and_figures_of_every_method() -> None:
     text, ok = summary(content(rows=rows))
     assert ok
     lines = text.splitlines()
-    assert len(lines) <= 60 + 30 + 30
-    assert sum(line.startswith("geometric mean") for line in lines) == 2 * 3
+    assert len(lines) <= 60 + 30 + 30 + 30
+    assert sum(line.startswith("geometric mean") for line in lines) == 2 * 4
     (adapter,) = [x for x in lines if x.startswith("adapter 16384x8192 r128") and "fwd " in x]
     assert adapter.split()[-4:] == ["0.435", "1", "-", "triton"]
     assert re.search(r"gpu, forward: eager / ours +>= 2\.2 +2\.300 +yes", text)
@@ -103,12 +105,12 @@ def test_summary_has_a_table_and_figures_of_every_method() -> None:
 
 def test_a_dry_run_times_the_triton_kernels_of_the_methods_asked_for(tmp_path: Path) -> None:
     state = tmp_path / "state.json"
-    items = gpu_timing.items(dry=True, ops=["adapter", "prompt"])
+    items = gpu_timing.items(dry=True, ops=OTHERS)
     assert gpu_timing.main([str(state), "100", *items]) == 0
     found = json.loads(state.read_text())
     assert found["done"] == items and found["running"] is None
     ours = [row for row in found["rows"] if row["provider"] == "fused"]
-    assert {row["op"] for row in ours} == {"adapter", "prompt"}
+    assert {row["op"] for row in ours} == set(OTHERS)
     assert all(row["status"] == TIMED and row["plan"].startswith("triton") for row in ours)
 
 
@@ -151,11 +153,11 @@ def test_items_are_every_case_before_any_variant() -> None:
     items = gpu_timing.items(dry=False)
     assert items[:8] == [f"main {case.name}" for case in REPORT_CASES]
     assert items[-8:] == [f"variants {case.name}" for case in REPORT_CASES]
-    others = [name for name in items[8:-8] if name.startswith(("main adapter", "main prompt"))]
-    assert others == items[8:-8] and len(others) == 8 + 3
+    others = [name for name in items[8:-8] if name.split()[1] in OTHERS]
+    assert others == items[8:-8] and len(others) == 8 + 5 + 3
     assert gpu_timing.items(dry=False, ops=["lora"]) == items[:8] + items[-8:]
     assert len(gpu_timing.items(dry=True, ops=["lora"])) == 2 * len(DRY_CASES)
-    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1
+    assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1 + 1
 
 
 def test_outcomes_are_read_from_junit_or_from_the_log(tmp_path: Path) -> None:
@@ -284,4 +286,4 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
 
 def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_report.main(["lora", "nothing"]) == 2
-    assert "methods are lora, adapter, prompt" in capsys.readouterr().err
+    assert "methods are lora, adapter, prefix, prompt" in capsys.readouterr().err

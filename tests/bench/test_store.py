@@ -124,7 +124,10 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert {"cpu", "host", "memory"} <= set(by_suite)
     timed = by_suite["cpu"] + by_suite["host"]
     # Cases, directions, providers without torch.compile.
-    rows_of = {"lora": (8 + 2) * 2 * 4, "adapter": (10 + 1) * 2 * 2, "prompt": 6 * 2 * 3}
+    rows_of = {
+        "lora": (8 + 2) * 2 * 4, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
+        "prompt": 6 * 2 * 3,
+    }  # fmt: skip
     assert Counter(row["op"] for row in timed) == rows_of
     assert all(row["status"] == "timed" and "passed" in str(row["note"]) for row in timed)
     saved = {
@@ -132,8 +135,10 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
         for row in by_suite["memory"]
         if row["provider"] == "fused"
     }
-    # LoRA's s; the adapter's pre-activations, whatever the activation; a seed under dropout.
-    assert sorted(saved.values()) == [24 * 8 * 2, 24 * 8 * 2, 24 * 8 * 2 + 8, 24 * 8 * 2 + 8]
+    # LoRA's s; the adapter's pre-activations, whatever the activation; a seed under dropout; out
+    # and lse of prefix attention.
+    low = 24 * 8 * 2
+    assert sorted(saved.values()) == [low, low, low + 8, low + 8, 2 * 4 * 21 * (16 * 2 + 4)]
     targets = {(each["op"], each["target"]) for each in content["figures"]}
     assert ("lora", "saved for backward beyond x: MiB") in targets
     assert {op for op, _ in targets} == set(rows_of)
@@ -150,7 +155,7 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     first = run.stderr.readline()
     run.kill()
     run.communicate()
-    assert first.startswith("[cpu 1/24]")
+    assert first.startswith("[cpu 1/28]")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +167,7 @@ def test_run_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("op", ["lora", "adapter", "prompt"])
+@pytest.mark.parametrize("op", ["lora", "adapter", "prefix", "prompt"])
 def test_op_measures_that_method_alone(op: str, tmp_path: Path) -> None:
     run = quick_run(tmp_path, "--op", op, "--suite", "cpu", "--seconds", "0.01")
     printed, progress = run.communicate(timeout=120)
