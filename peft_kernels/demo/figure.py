@@ -23,7 +23,7 @@ def png(rows: Sequence[Row], device: str, backend: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 5))
+    figure = Figure(figsize=(19, 5))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.15)
     losses, accuracy, saved = figure.subplots(1, 3)
