@@ -44,9 +44,7 @@ class PrefixTile:
         """Return the sizes in short."""
         if self == LIBRARY:
             return "library: exact float32, and wide heads of float32, as whole matrices of scores"
-        return (
-            f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
-        )
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 LIBRARY = PrefixTile(0, 0, 0, 0)
