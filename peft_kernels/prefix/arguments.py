@@ -35,6 +35,11 @@ class Call:
         """Query heads of one key head."""
         return self.query.shape[1] // self.key.shape[1]
 
+    @property
+    def precision(self) -> str:
+        """Triton's input precision of the products."""
+        return tiles.precision(self.query.dtype, self.query.device)
+
     def tile(self, launch: str) -> PrefixTile:
         """Return the tile of one launch: "forward", "query", "key" or "prefix"."""
         return prefix_tiles.prefix_tile(
@@ -73,7 +78,7 @@ class Call:
             "drop_threshold": drop_threshold(dropout_p) - 2**31,
             "D": head_size, "BLOCK_D": prefix_tiles.head_block(head_size),
             "DROPOUT": self.seed is not None, "NEGATE": scale < 0,
-            "PRECISION": tiles.precision(self.query.dtype, self.query.device),
+            "PRECISION": self.precision,
         }  # fmt: skip
 
     def keys(

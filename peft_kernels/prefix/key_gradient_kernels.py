@@ -7,7 +7,7 @@ Launch 2 (batch · key heads · key tiles,) holds a tile of k, v and their gradi
 streams the rows that see it. Launch 3 (prefix tiles, prefixes · key heads, splits) does the same
 with the prefix and all rows of all batch rows that share it, split into parts whose float32 sums
 the last part to arrive adds in index order: no atomics on numbers, nothing of the size of a prefix
-for each batch row. delta and, in float32, the correction of p come from launch 1.
+for each batch row. delta and, of exact float32 products, the correction of p come from launch 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _add_key_gradients(
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
-    if q.dtype == tl.float32:
+    EXACT: tl.constexpr = q.dtype == tl.float32 and PRECISION == "ieee"
+    if EXACT:
         p *= tl.load(correction_ptr + rows, mask=exists, other=0.0)[None, :]
     if GATED:
         p *= (tanh(tl.load(gate_ptr + head + row * 0)) * inverse_unit)[None, :]
@@ -79,7 +80,7 @@ def _add_key_gradients(
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
         ds = dp - delta[None, :]
-        if HAS_DLSE and q.dtype == tl.float32:
+        if HAS_DLSE and EXACT:
             ds += tl.load(dlse_ptr + rows, mask=exists, other=0.0)[None, :]
         ds *= p
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

@@ -92,8 +92,8 @@ def prefix_backward(
 ) -> None:
     """Write the gradients that are not None: dq, then dk and dv, then those of the prefix.
 
-    The first launch makes delta too, and in float32 the correction of lse. Only gradients of values
-    in 16 bits need neither.
+    The first launch makes delta too, and of exact float32 products the correction of lse. Only
+    gradients of values need neither elsewhere.
     """
     arguments = (
         dout, dlse, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate,
@@ -108,7 +108,7 @@ def prefix_backward(
         return
     delta = torch.empty_like(lse)
     prefix_delta = torch.empty_like(lse) if gate is not None else delta
-    exact = query.dtype == torch.float32
+    exact = query.dtype == torch.float32 and call.precision == "ieee"
     correction = torch.empty_like(lse) if exact else lse
     prefix_correction = torch.empty_like(lse) if exact and gate is not None else correction
     common = call.common(scale, dropout_p) | {

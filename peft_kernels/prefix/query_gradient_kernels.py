@@ -6,9 +6,9 @@
 Grid and order as forward. With the lse over all keys at hand the sums over keys split exactly, so
 prefix and sequence go their own ways afterwards. Stored: delta - dlse.
 
-In float32 (EXACT) the roundings of lse and out would be the largest errors of p and delta: the keys
-are visited once more before, for delta = Σ p · dp and for Σ p, which should have been 1 and by
-which every p is divided (``correction``); dlse stays apart.
+Of exact float32 products (EXACT) the roundings of lse and out would be the largest errors of p and
+delta: the keys are visited once more before, for delta = Σ p · dp and for Σ p, which should have
+been 1 and by which every p is divided (``correction``); dlse stays apart.
 
 Gated, with t = tanh(gate) and delta_p = Σ_prefix p · dp: ds of the prefix is t · p · (dp -
 delta_p), delta of the sequence is less by t · delta_p, and dgate is (1 - t²) · Σ_rows delta_p.
@@ -142,7 +142,7 @@ def _prefix_query_gradient_kernel(
 ):  # fmt: skip
     """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix."""
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     DLSE: tl.constexpr = HAS_DLSE and EXACT
     tiles = row_tiles(S, group, BLOCK_M, FOLD)
     pair = tl.program_id(0) // tiles

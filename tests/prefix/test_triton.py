@@ -273,19 +273,19 @@ def test_one_launch_forward_and_three_backward(gated: bool, launches: list[str])
 @pytest.mark.parametrize(
     ("trained", "expected"),
     [
-        ({"query"}, ["_prefix_query_gradient_kernel"]),
-        ({"value"}, ["_prefix_key_gradient_kernel"]),
-        ({"key"}, ["_prefix_query_gradient_kernel", "_prefix_key_gradient_kernel"]),
-        ({"prefix_value"}, ["_prefix_gradient_kernel"]),
+        (["query"], ["_prefix_query_gradient_kernel"]),
+        (["value"], ["_prefix_key_gradient_kernel"]),
+        (["key"], ["_prefix_query_gradient_kernel", "_prefix_key_gradient_kernel"]),
+        (["prefix_value"], ["_prefix_gradient_kernel"]),
         (
-            {"prefix_key", "prefix_value"},
+            ["prefix_key", "prefix_value"],
             ["_prefix_query_gradient_kernel", "_prefix_gradient_kernel"],
         ),
     ],
     ids=str,
 )
 def test_what_is_frozen_is_not_launched(
-    trained: set[str], expected: list[str], launches: list[str]
+    trained: list[str], expected: list[str], launches: list[str]
 ) -> None:
     given = problem(**RICH, dtype=torch.float16)
     inputs = given.inputs()
