@@ -18,7 +18,7 @@ namespace {
 // What the chunks add up, one part of each for every chunk.
 struct Sums {
   int64_t down_size, up_size, down_bias_size, up_bias_size;  // of a part; 0: not wanted
-  std::unique_ptr<float[]> down, up, down_bias, up_bias;
+  Buffer<float> down, up, down_bias, up_bias;
 
   void allocate(int64_t parts) {
     down = uninitialized<float>(parts * down_size);
@@ -50,9 +50,9 @@ PK_INLINE void backward_chunks(const BackwardPlan<K>& plan, Tickets& tickets) {
   T* dx = static_cast<T*>(c.dx);
   const Dropout dropout{c.dropout, c.seed, c.threshold};
   const bool need_up = sums.up_size, need_ds = c.dx || c.d_down.data || c.d_down_bias.data;
-  std::vector<Work> v(kRows * kDepth), h(kRows * ranks), ds(kRows * ranks), ds_left(kRows * ranks);
-  std::vector<float> sum(kRows * ranks), block_bias(ranks);
-  std::vector<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
+  Lines<Work> v(kRows * kDepth), h(kRows * ranks), ds(kRows * ranks), ds_left(kRows * ranks);
+  Lines<float> sum(kRows * ranks), block_bias(ranks);
+  Lines<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
   for (int64_t number; tickets.take(&number);) {
     const auto [group, chunk] = plan.tasks[number];
     if (group == Task::kNone) {
@@ -167,7 +167,7 @@ void finish(
   sum_parts(up, parts, sums.up_size);
   sum_parts(down_bias, parts, sums.down_bias_size);
   sum_parts(up_bias, parts, sums.up_bias_size);
-  std::unique_ptr<float[]> d_scale;
+  Buffer<float> d_scale;
   if (c.d_scale) d_scale = uninitialized<float>(c.features);
   torch::stable::parallel_for(0, c.features, 256, [&](int64_t begin, int64_t end) {
     finish_up<T>(c, ranks, up, up_bias, d_scale.get(), begin, end);
@@ -205,7 +205,7 @@ void backward_as(const AdapterBackward& c, void (*chunks)(const BackwardPlan<K>&
   const Grouping grouping(c);
   const int64_t groups = grouping.count();
   const auto p = packed_up<K>(c, ranks, grouping.numbers);
-  std::unique_ptr<typename K::Work[]> q;
+  Buffer<typename K::Work> q;
   if (c.dx) q = packed<K>(c.down, c.features, 1, c.rank, c.features, q_stride, grouping.numbers);
   Sums sums{};
   sums.down_size = c.d_down.data ? size : 0;

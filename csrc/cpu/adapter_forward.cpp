@@ -30,9 +30,9 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, Tickets& tickets) {
   const T *x = static_cast<const T*>(c.x.data), *residual = static_cast<const T*>(c.residual.data);
   T *pre = static_cast<T*>(c.pre), *y = static_cast<T*>(c.y);
   const Dropout dropout{c.dropout, c.seed, c.threshold};
-  std::vector<Work> v(kRows * kDepth), h(kRows * ranks);
-  std::vector<float> sum(kRows * ranks);
-  std::vector<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
+  Lines<Work> v(kRows * kDepth), h(kRows * ranks);
+  Lines<float> sum(kRows * ranks);
+  Lines<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
   for (int64_t number; tickets.take(&number);) {
     const auto [group, rows] = plan.tasks[number];
     if (group == Task::kNone) {
@@ -95,7 +95,7 @@ void forward_as(const AdapterForward& c, void (*blocks)(const ForwardPlan<K>&, T
   const auto q = packed<K>(c.up, 1, c.rank, c.rank, c.features, q_stride, numbers);
   const auto down_bias = vectors_of<T>(c.down_bias, c.rank, ranks, numbers);
   const auto up_bias = vectors_of<T>(c.up_bias, c.features, q_stride, numbers);
-  std::unique_ptr<float[]> factor;
+  Buffer<float> factor;
   if (c.channels || c.scale * c.keep_scale != 1.0f) {
     factor = uninitialized<float>(q_stride);
     for (int64_t n = 0; n < q_stride; ++n)

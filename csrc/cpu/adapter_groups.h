@@ -72,7 +72,7 @@ void copy_rows(const Rows& rows, const Matrix& from, int64_t columns, void* to) 
 
 // Vectors [columns] of T, or null, widened to [2 * stride], zeros beyond and instead of null.
 template <typename T>
-std::unique_ptr<float[]> vectors_of(
+Buffer<float> vectors_of(
     const void* from, int64_t columns, int64_t stride, const std::vector<int64_t>& numbers) {
   return packed<Portable<T>>(from, 0, 1, 1, from ? columns : 0, stride, numbers);
 }

@@ -37,9 +37,9 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
   const LoRAForward& c = *plan.call;
   const int64_t ranks = plan.ranks;
   const Dropout dropout{c.dropout, c.seed, c.threshold};
-  std::vector<Work> v(K::kForwardRows * kDepth), left(K::kForwardRows * ranks);
-  std::vector<float> s(K::kForwardRows * ranks);
-  std::vector<uint32_t> keep(c.dropout ? K::kForwardRows * kDepth : 0);
+  Lines<Work> v(K::kForwardRows * kDepth), left(K::kForwardRows * ranks);
+  Lines<float> s(K::kForwardRows * ranks);
+  Lines<uint32_t> keep(c.dropout ? K::kForwardRows * kDepth : 0);
   const Rows all{0, c.tokens, nullptr};
   const T* x = static_cast<const T*>(c.x.data);
   T* y = static_cast<T*>(c.y);
@@ -86,9 +86,9 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
   const Dropout dropout{c.dropout, c.seed, c.threshold};
   const int64_t ranks = plan.ranks;
   const bool need_ds = c.dx || c.da.data;
-  std::vector<Work> v(kRows * kDepth), s(kRows * ranks), ds(kRows * ranks), ds_left(kRows * ranks);
-  std::vector<float> sum(kRows * ranks);
-  std::vector<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
+  Lines<Work> v(kRows * kDepth), s(kRows * ranks), ds(kRows * ranks), ds_left(kRows * ranks);
+  Lines<float> sum(kRows * ranks);
+  Lines<uint32_t> keep(c.dropout ? kRows * kDepth : 0);
   float* da = plan.da + chunk * plan.da_rows * ranks;
   float* db = plan.db + chunk * plan.db_rows * ranks;
   float* dbias = plan.dbias + chunk * c.out_features;
@@ -164,7 +164,7 @@ void forward_as(const LoRAForward& call, void (*blocks)(const ForwardPlan<K>&, i
   const int64_t q_stride = round_up(call.out_features, kColumns);
   const auto p = packed<K>(call.lora_a, 1, call.in_features, call.in_features, call.rank, ranks);
   const auto q = packed<K>(call.lora_b, 1, call.rank, call.rank, call.out_features, q_stride);
-  std::unique_ptr<float[]> bias;
+  Buffer<float> bias;
   if (call.bias)
     bias = packed<Portable<typename K::Element>>(call.bias, 0, 1, 1, call.out_features, q_stride);
   const ForwardPlan<K> plan{&call, ranks, q_stride, p.get(), q.get(), bias.get()};
@@ -182,7 +182,7 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
   const int64_t ranks = round_up(call.rank, kLanes);
   const int64_t q_stride = round_up(call.in_features, kDepth);
   const auto p = packed<K>(call.lora_b, call.rank, 1, call.out_features, call.rank, ranks);
-  std::unique_ptr<typename K::Work[]> q;
+  Buffer<typename K::Work> q;
   if (call.dx) q = packed<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
 
   BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};

@@ -3,18 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "lowrank.h"
 
 namespace pk {
-
-// Elements left as they are, for whoever writes all of them.
-template <typename T>
-std::unique_ptr<T[]> uninitialized(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
 
 // How many elements `packed` makes of one matrix.
 PK_INLINE int64_t packed_size(int64_t rows, int64_t stride) { return round_up(rows, 2) * stride; }
@@ -22,7 +16,7 @@ PK_INLINE int64_t packed_size(int64_t rows, int64_t stride) { return round_up(ro
 // P or Q of K, [rows, columns] with column stride `stride`, zeros beyond: element (i, j) is
 // from[i * row_step + j * column_step]. Of many such matrices at `from`, those that `numbers` names.
 template <typename K>
-std::unique_ptr<typename K::Work[]> packed(
+Buffer<typename K::Work> packed(
     const void* from, int64_t row_step, int64_t column_step, int64_t rows, int64_t columns,
     int64_t stride, const std::vector<int64_t>& numbers = {0}) {
   using Work = typename K::Work;

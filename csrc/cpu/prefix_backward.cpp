@@ -274,7 +274,7 @@ class Backward {
   const Sizes& sizes_;
   int64_t query_chunk_ = 0;
   float *d_prefix_key_ = nullptr, *d_prefix_value_ = nullptr;  // of the part; null: not wanted
-  std::unique_ptr<float[]> values_, key_panels_, d_outs_, query_panels_, d_out_panels_, products_,
+  Buffer<float> values_, key_panels_, d_outs_, query_panels_, d_out_panels_, products_,
       transposed_, d_keys_, d_values_;
   std::vector<float> lse_, delta_, d_lse_, factor_, d_query_;
   std::vector<Row> rows_;

@@ -112,7 +112,7 @@ class Forward {
   const PrefixCall& call_;
   Tiles<K> tiles_;
   const int64_t item_queries_;
-  std::unique_ptr<float[]> values_;
+  Buffer<float> values_;
   std::vector<float> acc_, peak_, total_, gated_;
 };
 

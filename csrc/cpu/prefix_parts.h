@@ -27,10 +27,10 @@ struct BackwardPlan {
   int64_t padded_prefix, padded_head;
   // Sums of chunks of queries [query_chunks, batch, kv_heads, keys, head size]; null where one chunk
   // writes the gradient itself.
-  std::unique_ptr<float[]> d_key, d_value;
+  Buffer<float> d_key, d_value;
   // [sample_chunks * query_chunks (shared) or query_chunks * batch, kv_heads, padded prefix, padded head]
-  std::unique_ptr<float[]> d_prefix_key, d_prefix_value;
-  std::unique_ptr<float[]> dots;  // gated: d_out times the attention over the prefix, as lse
+  Buffer<float> d_prefix_key, d_prefix_value;
+  Buffer<float> dots;  // gated: d_out times the attention over the prefix, as lse
 };
 
 }  // namespace pk

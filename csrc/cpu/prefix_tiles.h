@@ -5,7 +5,7 @@
 
 namespace pk {
 
-inline std::unique_ptr<float[]> words(int64_t count) { return uninitialized<float>(count); }
+inline Buffer<float> words(int64_t count) { return uninitialized<float>(count); }
 
 template <typename K>
 struct Tiles {
@@ -113,8 +113,8 @@ struct Tiles {
   const int64_t panel_columns;
   int64_t sample = 0, kv_head = 0, first = 0, last = 0;  // of the item: queries [first, last)
   bool masked = false;
-  std::unique_ptr<float[]> staged, keys, queries, scores, plain;
-  std::unique_ptr<uint32_t[]> keep, key_keep;
+  Buffer<float> staged, keys, queries, scores, plain;
+  Buffer<uint32_t> keep, key_keep;
   std::vector<int64_t> begin, end;
 
  private:
