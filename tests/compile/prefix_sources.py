@@ -157,13 +157,15 @@ def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any
     in every other family, in one of the two hardest forms.
     """
     table = "fp32" if dtype == "fp32" else "16bit"
-    turn = tiles.FAMILIES.index(family) + (table == "fp32")
-    for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table), turn):
+    family_number = tiles.FAMILIES.index(family)
+    turn = family_number + (table == "fp32")
+    for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table)):
         forms, sizes = _FORMS[launch], _HEAD_SIZES[block]
         if not complete:
-            if number % 2:
+            if (number + turn) % 2:
                 continue
-            forms, sizes = (forms[number // 2 % 2],), (sizes[number // 4 % 3],)
+            forms = (forms[(number + turn) // 2 % 2],)
+            sizes = (sizes[(number // 2 + family_number) % 3],)
         for form in forms:
             for size in sizes:
                 source = prefix(dtype, tile, size, launch, dropout=dropout, **form)
