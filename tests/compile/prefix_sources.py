@@ -75,8 +75,12 @@ def prefix(
     fold: bool = False,
     negate: bool = False,
     splits: int = 8,
+    **given: Any,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
-    """Return (types, constants, divisible) of one launch: "forward", "query", "key", "prefix"."""
+    """Return (types, constants, divisible) of one launch: "forward", "query", "key", "prefix".
+
+    ``given``: constants by their own names.
+    """
     types = {name: kind.format(t=dtype) for name, kind in _LAUNCHES[launch].items()}
     constants: dict[str, Any] = {
         "D": head_size, "BLOCK_D": head_block(head_size), "BLOCK_M": tile.block_m,
@@ -96,7 +100,7 @@ def prefix(
         constants |= {"GATED": gated, "SPLITS": splits}
     if launch != "forward":
         constants |= {"HAS_DLSE": True}
-    return types, constants, frozenset(set(types) - _RAGGED)
+    return types, constants | given, frozenset(set(types) - _RAGGED)
 
 
 def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
@@ -108,24 +112,41 @@ def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset
     return types, {"BLOCK": block}, frozenset({"prefix_delta_ptr", "gate_ptr", "dgate_ptr"})
 
 
-# What a launch may have to do at once, from what takes the most registers to what is most common.
+# What a launch may have to do at once: what takes the most registers and what is most common first.
 _BOUNDED = {"causal": True, "window": True, "packed": True}
+_ROWS: tuple[dict[str, Any], ...] = (
+    _BOUNDED | {"gated": True},
+    {"causal": True},
+    _BOUNDED | {"key_mask": True},
+    {"causal": True, "gated": True, "fold": True},
+    {"negate": True},
+    {"BLOCK_P": 0},
+    {"BLOCK_P": 0, "gated": True},
+    {"BLOCK_P": 16},
+)
 _FORMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "rows": (
-        _BOUNDED | {"gated": True},
-        {"causal": True},
-        _BOUNDED | {"key_mask": True},
-        {"causal": True, "gated": True, "fold": True},
-        {},
+    "forward": _ROWS,
+    "query": (
+        *_ROWS,
+        {"HAS_DLSE": False},
     ),
-    "key": (_BOUNDED | {"key_mask": True}, {"causal": True}, {"fold": True}, {}),
-    "prefix": ({"gated": True}, {}, {"fold": True, "gated": True}, {"splits": 1}),
+    "key": (
+        _BOUNDED | {"key_mask": True},
+        {"causal": True},
+        {"fold": True},
+        {"NEED_DK": False},
+        {"NEED_DV": False, "HAS_DLSE": False, "negate": True},
+    ),
+    "prefix": (
+        {"gated": True},
+        {},
+        {"fold": True, "gated": True},
+        {"splits": 1},
+        {"NEED_DK": False},
+        {"NEED_DV": False, "HAS_DLSE": False, "negate": True},
+    ),
 }
 _HEAD_SIZES = {64: (64, 32, 16), 128: (128, 80, 96), 256: (256, 192, 160)}
-
-
-def _forms(launch: str) -> tuple[dict[str, Any], ...]:
-    return _FORMS[launch if launch in _FORMS else "rows"]
 
 
 def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any, PrefixTile]]:
@@ -136,16 +157,18 @@ def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any
     in every other family, in one of the two hardest forms.
     """
     table = "fp32" if dtype == "fp32" else "16bit"
-    turn = tiles.FAMILIES.index(family) + (table == "fp32")
-    for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table), turn):
-        forms, sizes = _forms(launch), _HEAD_SIZES[block]
+    family_number = tiles.FAMILIES.index(family)
+    turn = family_number + (table == "fp32")
+    for number, (launch, block, dropout, tile) in enumerate(prefix_cases(family, table)):
+        forms, sizes = _FORMS[launch], _HEAD_SIZES[block]
         if not complete:
-            if number % 2:
+            if (number + turn) % 2:
                 continue
-            forms, sizes = (forms[number // 2 % 2],), (sizes[number // 4 % 3],)
+            forms = (forms[(number + turn) // 2 % 2],)
+            sizes = (sizes[(number // 2 + family_number) % 3],)
         for form in forms:
             for size in sizes:
                 source = prefix(dtype, tile, size, launch, dropout=dropout, **form)
-                what = " ".join(form) or "plain"
+                what = " ".join(f"{name}={value}" for name, value in form.items()) or "plain"
                 name = f"prefix {launch} d{size} dropout{int(dropout)} {tile} {what}"
                 yield name, (launch, source), tile
