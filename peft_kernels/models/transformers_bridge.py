@@ -191,7 +191,7 @@ def attach_prefixes(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_kernels.models.transformers_bridge import attach_prefixes
+        >>> from peft_kernels import attach_prefixes
         >>> config = LlamaConfig(
         ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...     num_attention_heads=4, num_key_value_heads=2,
