@@ -65,7 +65,7 @@ def attention_forward(
         dropout: drop probability of the attention weights in this call.
         scaling: of the scores; None takes 1 / sqrt(d).
         sliding_window: keys this many positions back are not seen; the prefix always is.
-        is_causal: None takes the layer's own.
+        is_causal: None takes the layer's own, and so does a call with a mask.
         **kwargs: ``cu_seq_lens_q`` or ``position_ids`` (packed sequences); what has no kernel is
             refused by name.
 
@@ -75,7 +75,10 @@ def attention_forward(
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: {meaning} has no kernel in {IMPLEMENTATION}")
-    causal = _is_causal(module) if is_causal is None else is_causal
+    causal = _is_causal(module)
+    if is_causal is not None and attention_mask is None:
+        # Beside a mask it only says that SDPA is to take the mask instead (GPT-2, transformers 4).
+        causal = is_causal
     key_mask, offsets = _mask(attention_mask, kwargs.get("cu_seq_lens_q"))
     if attention_mask is None and offsets is None and causal and query.shape[2] == key.shape[2]:
         offsets = _packed(query, kwargs.get("position_ids"))
@@ -93,8 +96,8 @@ def attention_forward(
         query, key, value = (_in_one_row(each) for each in (query, key, value))
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value,
-        causal=causal, scale=scaling, key_mask=key_mask, cu_seqlens=offsets, window=sliding_window,
-        gate=gate, dropout_p=dropout,
+        causal=causal, scale=_scale(module, scaling, key), key_mask=key_mask, cu_seqlens=offsets,
+        window=sliding_window, gate=gate, dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).reshape(batch, queries, -1, out.shape[3]), None
 
@@ -128,6 +131,14 @@ def _packed(query: Tensor, position_ids: Tensor | None) -> Tensor | None:
     if offsets is None or position_ids.shape[0] == batch:
         return offsets
     return packed_offsets(position_ids.expand(batch, -1))
+
+
+def _scale(module: Any, scaling: float | None, key: Tensor) -> float | None:
+    """Return the softmax's scale: transformers 4's GPT-2 keeps its own to itself."""
+    if scaling is not None or not hasattr(module, "scale_attn_weights"):
+        return scaling
+    scale: float = key.shape[3] ** -0.5 if module.scale_attn_weights else 1.0
+    return scale / (module.layer_idx + 1) if module.scale_attn_by_inverse_layer_idx else scale
 
 
 def _is_causal(module: nn.Module) -> bool:
