@@ -1,0 +1,26 @@
+"""Fixtures of the tests of CUDA kernels on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cuda_emulation import build
+from tests.cuda_emulation.emulated import ORDER_NAMES, ORDERS, emulation
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[build.Emulation]:
+    """Run backend "cuda" emulated, its threads in ascending order."""
+    with emulation() as device:
+        device.order(build.ASCENDING)
+        yield device
+
+
+@pytest.fixture(params=ORDERS, ids=ORDER_NAMES)
+def ordered(device: build.Emulation, request: pytest.FixtureRequest) -> Iterator[build.Emulation]:
+    """Run backend "cuda" emulated, its threads in each of several orders."""
+    device.order(*request.param)
+    yield device
+    device.order(build.ASCENDING)
