@@ -118,7 +118,8 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(PATH)
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
-        return None, f"the CUDA library does not load ({error}): {_rebuild()}"
+        # torch says that it could not; the loader, why.
+        return None, f"the CUDA library does not load ({error.__cause__ or error}): {_rebuild()}"
     built, driver = (build_info() or {})["cuda"], library.peft_kernels_cuda_driver()
     if not driver:
         return None, "the CUDA library finds no NVIDIA driver: install it, check with nvidia-smi"
