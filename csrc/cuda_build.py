@@ -115,6 +115,8 @@ def binding_flags(version: str, archs: Sequence[str], cuda: str) -> list[str]:
 
     includes = Path(torch.__file__).parent / "include"
     return [
+        # The headers of csrc/cuda have device functions in them; a binding uses none.
+        *("-x", "cu", f"-gencode=arch=compute_{archs[0]},code=sm_{archs[0]}"),
         *_COMMON,
         f"-I{includes}",
         f"-I{includes / 'torch' / 'csrc' / 'api' / 'include'}",

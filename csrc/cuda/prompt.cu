@@ -239,19 +239,23 @@ PK_KERNEL void table_gradient_kernel(TableGradient call, int64_t blocks_d) {
   const bool first = head == 0 || load_integer(call.ids, call.id_bytes, head - 1) != id;
   if (!first || id == call.padding_idx || id < 0 || id >= call.vocabulary || d >= call.width) return;
   const T* dy = static_cast<const T*>(call.dy) + d;
-  Sum<T, N> sum;
-  int in_block = 0;
-  for (int64_t i = head; i < call.count && load_integer(call.ids, call.id_bytes, i) == id; ++i) {
-    const int64_t b = call.order[i] / call.tokens, s = call.order[i] % call.tokens;
+  const auto load = [&](int64_t nth) {
+    const int64_t b = call.order[nth] / call.tokens, s = call.order[nth] % call.tokens;
     const int64_t start = call.columns ? call.columns[b] : call.column;
     const int64_t t = s < start ? s : s + call.length;
-    sum.add(load_pack<T, N>(dy + b * call.dy_batch_stride + t * call.dy_row_stride));
-    if (++in_block == kChain) {
-      sum.close_block();
-      in_block = 0;
+    return load_pack<T, N>(dy + b * call.dy_batch_stride + t * call.dy_row_stride);
+  };
+  Sum<T, N> sum;
+  bool more = true;
+  for (int64_t nth = head; more; nth += kChain) {
+    Pack<T, N> rows[kChain] = {};
+    PK_UNROLL for (int i = 0; i < kChain; ++i) {
+      more = nth + i < call.count && load_integer(call.ids, call.id_bytes, nth + i) == id;
+      if (more) rows[i] = load(nth + i);
     }
+    PK_UNROLL for (int i = 0; i < kChain; ++i) sum.add(rows[i]);
+    sum.close_block();
   }
-  sum.close_block();
   Pack<T, N> rounded;
   PK_UNROLL for (int i = 0; i < N; ++i) rounded[i] = from_float<T>(sum.total[i]);
   store_pack(static_cast<T*>(call.d_weight) + id * call.width + d, rounded);

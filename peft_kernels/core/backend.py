@@ -19,8 +19,8 @@ import torch
 
 NAMES = ("triton", "cuda", "cpp", "reference")
 _ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
-# On demand only: Triton's interpreter and the emulation of CUDA run kernels on CPU tensors for tests,
-# far slower than eager.
+# On demand only: Triton's interpreter, and the emulation of CUDA that tests load, run kernels on
+# CPU tensors far slower than eager.
 _ON_DEMAND = {"cuda": (), "cpu": ("triton", "cuda")}
 
 

@@ -23,11 +23,15 @@ from peft_kernels.version import __version__
 PATH = Path(__file__).parent.parent / "_C_cuda.so"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TEXT = re.compile(rb"<peft_kernels CUDA library((?:\|[a-z_]+=[^|<>\x00]*)+)>")
-_REBUILD = (
-    "PEFT_KERNELS_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps "
-    "peft_kernels (in a source tree: PEFT_KERNELS_BUILD=cuda python setup.py build_ext --inplace)"
-)
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+def _rebuild(variables: str = "") -> str:
+    build = f"{variables}PEFT_KERNELS_BUILD=cuda"
+    return (
+        f"{build} pip install --no-build-isolation --force-reinstall --no-deps peft_kernels "
+        f"(in a source tree: {build} python setup.py build_ext --inplace)"
+    )
 
 
 @functools.cache
@@ -56,14 +60,14 @@ def _unfit() -> str | None:
     if info is None:
         return (
             "the CUDA library is not built: install the CUDA toolkit (nvcc), a compiler, torch, "
-            f"ninja and pybind11, then {_REBUILD}"
+            f"ninja and pybind11, then {_rebuild()}"
         )
     if not info.get("cuda_archs"):
-        return f"{PATH} is damaged or no library of peft_kernels: {_REBUILD}"
-    if info["version"] != __version__:
+        return f"{PATH} is damaged or no library of peft_kernels: {_rebuild()}"
+    if info.get("version") != __version__:
         return (
-            f"the CUDA library is of version {info['version']}, the package of {__version__}: "
-            f"{_REBUILD}"
+            f"the CUDA library is of version {info.get('version')}, the package of {__version__}: "
+            f"{_rebuild()}"
         )
     if torch.version.hip:
         return "serves NVIDIA GPUs, and this torch is built for AMD's"
@@ -101,9 +105,9 @@ def _wrong_gpu(index: int) -> str | None:
     built = ", ".join(f"sm_{arch}" for arch in archs)
     oldest = min(int(arch.rstrip("af")) for arch in archs)
     how = "older than what" if int(number) < oldest else "not among what"
-    return (
-        f"this GPU is sm_{number}, {how} the CUDA library was built for ({built}): "
-        f"PEFT_KERNELS_CUDA_ARCHS='{';'.join([*archs, number])}' {_REBUILD}"
+    wanted = ";".join([*archs, "90a" if number == "90" else number])
+    return f"this GPU is sm_{number}, {how} the CUDA library was built for ({built}): " + _rebuild(
+        f"PEFT_KERNELS_CUDA_ARCHS='{wanted}' "
     )
 
 
@@ -114,14 +118,17 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(PATH)
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
-        return None, f"the CUDA library does not load ({error}): {_REBUILD}"
+        # torch says that it could not; the loader, why.
+        return None, f"the CUDA library does not load ({error.__cause__ or error}): {_rebuild()}"
     built, driver = (build_info() or {})["cuda"], library.peft_kernels_cuda_driver()
+    if not driver:
+        return None, "the CUDA library finds no NVIDIA driver: install it, check with nvidia-smi"
     # A driver serves every toolkit of its own generation, and of earlier ones.
     if driver // 1000 < int(built.split(".")[0]):
         return None, (
             f"the CUDA library was built with CUDA {built}, the NVIDIA driver knows CUDA "
             f"{driver // 1000}.{driver % 1000 // 10}: update the driver, or build with an earlier "
-            f"toolkit (CUDA_HOME): {_REBUILD}"
+            f"toolkit (CUDA_HOME): {_rebuild()}"
         )
     return library, None
 
@@ -136,8 +143,7 @@ def emulate(path: Path | None) -> None:
     if path is not None:
         torch.ops.load_library(path)
     _emulated = None if path is None else ctypes.CDLL(str(path))
-    _op.cache_clear()
-    forget_choices()
+    forget()
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -148,6 +154,18 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return None if _emulated else "serves NVIDIA GPUs: move the tensors to one"
     return _unfit() or _wrong_gpu(device.index or 0) or _open()[1]
+
+
+def forget() -> None:
+    """Forget what was found out about the file and the GPUs, as after a rebuild."""
+    for found in (build_info, _unfit, _wrong_gpu, _open, _op):
+        found.cache_clear()
+    forget_choices()
+
+
+def why_not_loaded() -> str | None:
+    """Return the reason why the library cannot be loaded here, whatever the GPU, or None."""
+    return _unfit() or _open()[1]
 
 
 def backend(launchers: ModuleType) -> Backend:
@@ -169,10 +187,11 @@ def backend(launchers: ModuleType) -> Backend:
 def _library() -> ctypes.CDLL:
     if _emulated:
         return _emulated
-    reason = _unfit()
-    library, problem = (None, reason) if reason else _open()
-    if library is None:
-        raise ImportError(problem)
+    reason = why_not_loaded()
+    if reason:
+        raise ImportError(reason)
+    library, _ = _open()
+    assert library is not None
     return library
 
 
