@@ -236,20 +236,23 @@ PK_DEVICE uint16_t float_to_bfloat16(float value) {
 template <float (*To)(uint16_t)>
 PK_DEVICE void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int row = lane() / 4 * 4, column = lane() % 4 * 8;
-  PK_UNROLL for (int half = 0; half < 2; ++half) {
-    PK_UNROLL for (int t = 0; t < 4; ++t) {
-      const uint32_t upper = shuffle(a[2 * half], row + t), lower = shuffle(a[2 * half + 1], row + t);
-      const uint32_t left = shuffle(b[half], column + t), right = shuffle(b[half], column + 4 + t);
-      PK_UNROLL for (int word = 0; word < 32; word += 16) {
-        const float u = To(static_cast<uint16_t>(upper >> word));
-        const float v = To(static_cast<uint16_t>(lower >> word));
-        const float l = To(static_cast<uint16_t>(left >> word));
-        const float r = To(static_cast<uint16_t>(right >> word));
-        d[0] += u * l;
-        d[1] += u * r;
-        d[2] += v * l;
-        d[3] += v * r;
-      }
+  // Not unrolled: it is made dozens of times in a kernel.
+  PK_NO_UNROLL for (int step = 0; step < 8; ++step) {
+    const bool second = step >= 4;
+    const int t = step % 4;
+    const uint32_t upper = shuffle(second ? a[2] : a[0], row + t);
+    const uint32_t lower = shuffle(second ? a[3] : a[1], row + t);
+    const uint32_t left = shuffle(second ? b[1] : b[0], column + t);
+    const uint32_t right = shuffle(second ? b[1] : b[0], column + 4 + t);
+    PK_UNROLL for (int word = 0; word < 32; word += 16) {
+      const float u = To(static_cast<uint16_t>(upper >> word));
+      const float v = To(static_cast<uint16_t>(lower >> word));
+      const float l = To(static_cast<uint16_t>(left >> word));
+      const float r = To(static_cast<uint16_t>(right >> word));
+      d[0] += u * l;
+      d[1] += u * r;
+      d[2] += v * l;
+      d[3] += v * r;
     }
   }
 }
