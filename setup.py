@@ -64,7 +64,8 @@ def extension() -> dict[str, Any]:
         say(f"compiling the CPU kernels; no CUDA kernels: {why_no_cuda}")
         return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
     say("compiling the CPU kernels and the CUDA kernels")
-    library = Extension("peft_kernels._C_cuda", sources=[])
+    # What was not asked for by name may fail to compile: the rest is installed, and says so.
+    library = Extension("peft_kernels._C_cuda", sources=[], optional=choice == "auto")
     command = cuda_build.built_extension(version(), BuildExtension)
     return {"ext_modules": [module, library], "cmdclass": {"build_ext": command}}
 
@@ -77,6 +78,7 @@ def without_cuda(choice: str, cuda_of_torch: str | None) -> str | None:
         return "this torch has no CUDA (PEFT_KERNELS_BUILD=cuda builds them nevertheless)"
     try:
         cuda_build.architectures(cuda_build.find_nvcc())
+        cuda_build.find_ninja()
     except cuda_build.CannotBuild as error:
         if choice == "cuda":
             raise SystemExit(f"PEFT_KERNELS_BUILD=cuda: {error}") from error

@@ -136,7 +136,12 @@ def sources() -> tuple[list[Path], list[Path]]:
     return kernels, sorted((ROOT / "csrc" / "cuda_binding").glob("*.cpp"))
 
 
-def _ninja() -> str:
+def find_ninja() -> str:
+    """Return ninja's path: of PATH, else beside this Python.
+
+    Raises:
+        CannotBuild: there is none.
+    """
     beside = os.path.dirname(sys.executable)
     found = shutil.which("ninja") or shutil.which("ninja", path=beside)
     if not found:
@@ -197,7 +202,7 @@ def build(output: Path, folder: Path, version: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_ninja(folder, output, nvcc, architectures(nvcc), version)
     jobs = os.environ.get("MAX_JOBS")
-    command = [_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    command = [find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
     if subprocess.run(command, check=False).returncode:
         raise CannotBuild("the CUDA library did not compile: the compiler's messages stand above")
 
@@ -219,6 +224,8 @@ def built_extension(setup_version: str, base: type[Any]) -> type[Any]:
             try:
                 build(path, Path(self.build_temp) / "cuda", setup_version)
             except CannotBuild as error:
-                raise SystemExit(f"peft_kernels: {error}") from error
+                if not extension.optional:
+                    raise SystemExit(f"peft_kernels: {error}") from error
+                print(f"peft_kernels: going on without CUDA kernels: {error}", file=sys.stderr)
 
     return BuildWithCuda

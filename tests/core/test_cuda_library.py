@@ -283,6 +283,8 @@ def test_a_method_that_has_launchers_for_it_has_the_backend() -> None:
 def test_it_runs_where_triton_does_not(op: backends.Op, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"triton": "Triton is not installed", "cuda": None}
     monkeypatch.setattr(triton_runtime, "why_not", lambda device, dtype: reasons["triton"])
+    monkeypatch.setattr(triton_runtime, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton_runtime, "multiprocessors", lambda index: 132)
     monkeypatch.setattr(cuda_library, "why_not", lambda device, dtype: reasons["cuda"])
     backends.forget_choices()
     assert backends.select(op, SPECS[op]).name == "cuda"

@@ -83,6 +83,10 @@ class Emulation:
         """Run so many blocks at once; 0 chooses by their size."""
         self.library.pk_emulation_resident(blocks)
 
+    def shared_bytes(self, most: int) -> None:
+        """Refuse a launch with more shared memory from now on, as a smaller GPU does."""
+        self.library.pk_emulation_shared_bytes(most)
+
     def launched(self) -> list[str]:
         """Return the names of the kernels launched since the last call."""
         return self.library.pk_emulation_launched().decode().split()

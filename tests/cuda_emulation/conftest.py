@@ -9,12 +9,16 @@ import pytest
 from tests.cuda_emulation import build
 from tests.cuda_emulation.emulated import ORDER_NAMES, ORDERS, emulation
 
+# What sm_75 has for a block, and what the emulation puts between the arrays of it.
+SHARED_BYTES = 64 * 1024 + 8 * 64
+
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[build.Emulation]:
-    """Run backend "cuda" emulated, its threads in ascending order."""
+    """Run backend "cuda" emulated, its threads in ascending order, as the smallest GPU would."""
     with emulation() as device:
         device.order(build.ASCENDING)
+        device.shared_bytes(SHARED_BYTES)
         yield device
 
 

@@ -58,7 +58,6 @@ Place* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kGuardBytes = 256;
-constexpr size_t kMostSharedBytes = 227 * 1024;
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
 Settings settings;
@@ -496,7 +495,7 @@ int run(
       grid.z > 65535 || block < 1 || block > 1024)
     return refuse(name, kInvalidConfiguration, "invalid configuration argument");
   if (block % 32) return refuse(name, kInvalidConfiguration, "emulated blocks are of full warps");
-  if (shared_bytes > kMostSharedBytes) return refuse(name, kInvalidValue, "invalid argument");
+  if (shared_bytes > settings.shared_bytes) return refuse(name, kInvalidValue, "invalid argument");
   launched.emplace_back(name);
   Launch state;
   state.grid = grid;
@@ -535,6 +534,11 @@ PK_EXPORT void pk_emulation_order(int order, uint64_t seed) {
 
 // Blocks that run at once; 0 chooses by their size.
 PK_EXPORT void pk_emulation_resident(int blocks) { pk::emulation::settings.resident = blocks; }
+
+// A block may have so many bytes of shared memory from now on.
+PK_EXPORT void pk_emulation_shared_bytes(int bytes) {
+  pk::emulation::settings.shared_bytes = static_cast<size_t>(bytes);
+}
 
 PK_EXPORT const char* pk_emulation_last_error() { return pk::device::last_error().c_str(); }
 

@@ -21,6 +21,7 @@ struct Settings {
   Order order = Order::kAscending;
   uint64_t seed = 0;
   int resident = 0;          // blocks at once; 0: by their size
+  size_t shared_bytes = 227 * 1024;  // the most that a launch may ask for
   int64_t patience = 20000;  // passes without progress before a deadlock is reported
 };
 
