@@ -56,10 +56,12 @@ PK_DEVICE void sum_scale_gradient(
   if (scaling.per_column) return;
   shared[device::thread_x()] = total;
   device::sync_threads();
-  if (device::thread_x() != 0) return;
-  total = 0.0f;
-  for (int i = 0; i < kThreads; ++i) total += shared[i];
-  *scaling.gradient = total;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (device::thread_x() < width)
+      shared[device::thread_x()] += shared[device::thread_x() + width];
+    device::sync_threads();
+  }
+  if (device::thread_x() == 0) *scaling.gradient = shared[0];
 }
 
 template <typename Tile, typename T>
@@ -151,8 +153,10 @@ PK_KERNEL PK_LAUNCH_BOUNDS(Tile::kThreads, 1) void token_reduction_kernel(Reduct
     device::sync_threads();
     const int c = device::thread_x();
     if (c < kRows && c0 + c < columns) {
-      float share = 0.0f;
-      for (int r = 0; r < kColumns; ++r) share += products[c * (kColumns + 1) + r];
+      float four[4] = {};
+      PK_UNROLL for (int r = 0; r < kColumns; ++r)
+        four[r % 4] += products[c * (kColumns + 1) + r];
+      float share = (four[0] + four[1]) + (four[2] + four[3]);
       if (scaling.bias && stores_sums)
         share += to_float(static_cast<const T*>(scaling.bias)[c0 + c]) * sum;
       scaling.parts[block_r * columns + c0 + c] = share * scaling.inverse_keep;

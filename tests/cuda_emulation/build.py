@@ -1,8 +1,8 @@
 """Compiles CUDA sources as host C++, against the emulated device: a shared library or a program.
 
 Objects and results are cached in ``build/cuda_emulation`` under a hash of everything that went into
-them, so that a second run of the tests compiles nothing; a file lock lets one process of
-pytest-xdist compile what the others wait for.
+them, so that a second run of the tests compiles nothing; a lock for each result lets one process
+of pytest-xdist compile what the others wait for.
 """
 
 from __future__ import annotations
@@ -126,13 +126,13 @@ def _build(
         target = target.with_suffix(".so")
     if target.exists():
         return target
-    with _lock():
+    with _lock(target):
         if target.exists():
             return target
         objects = [CACHE / f"{key}.o" for key in keys]
         with ThreadPoolExecutor(max_workers=2) as pool:
             list(pool.map(_compile, paths, objects, [compile_flags] * len(paths)))
-        unfinished = target.with_suffix(".part")
+        unfinished = target.with_suffix(f".{os.getpid()}")
         _run([COMPILER, *map(str, objects), *link_flags, "-o", str(unfinished)])
         unfinished.rename(target)
     return target
@@ -147,7 +147,8 @@ def _compile(source: Path, target: Path, flags: Sequence[str]) -> None:
         flags = ["-O2" if each == "-O1" else each for each in flags]
         if "-fsanitize=thread" in flags:
             flags = [each for each in flags if each != "-fsanitize=thread"] + ["-DPK_TSAN"]
-    unfinished = target.with_suffix(".part")
+    # Another process may be at the same object for another target.
+    unfinished = target.with_suffix(f".{os.getpid()}")
     _run([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
     unfinished.rename(target)
 
@@ -176,8 +177,8 @@ def _compiler_version() -> str:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
-    with (CACHE / "lock").open("w") as file:
+def _lock(target: Path) -> Iterator[None]:
+    with target.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

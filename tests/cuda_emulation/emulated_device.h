@@ -19,7 +19,7 @@
 
 #define PK_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || defined(PK_TSAN)
 extern "C" void __tsan_read_range(void*, unsigned long);
 extern "C" void __tsan_write_range(void*, unsigned long);
 #endif

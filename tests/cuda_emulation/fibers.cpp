@@ -194,6 +194,7 @@ Block* start_block(int64_t index) {
   __asan_poison_memory_region(block->memory.get() + launch->shared_bytes, kGuardBytes);
 #endif
   block->warps.resize(launch->block / 32);
+  block->red_zones.reserve(32);
   for (int thread = 0; thread < launch->block; ++thread) {
     auto fiber = std::make_unique<Fiber>();
     fiber->thread_x = thread;
@@ -246,16 +247,17 @@ void check_guards(const Block& block) {
 
 void end_block(Block& block) {
   check_guards(block);
-  for (auto& fiber : block.fibers) {
+  // For ThreadSanitizer, what a thread used is used again only when the launch has ended: until then
+  // nothing orders it before what other threads do.
 #if defined(PK_TSAN)
-    __tsan_destroy_fiber(fiber->tsan);
+  for (auto& fiber : block.fibers) __tsan_destroy_fiber(fiber->tsan);
 #else
+  for (auto& fiber : block.fibers) {
     free_stacks.push_back(fiber->stack);
     launch->stacks.erase(std::find(launch->stacks.begin(), launch->stacks.end(), fiber->stack));
-#endif
-    (void)fiber;
   }
   block.fibers.clear();
+#endif
 }
 
 std::string standing() {
