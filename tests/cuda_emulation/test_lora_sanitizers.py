@@ -19,10 +19,10 @@ KERNELS = sorted(build.ROOT.glob("csrc/cuda/lora*.cu")) + [
 BLOCKS = 3  # at once: fewer than 256 threads of small tiles
 
 
-def failure(program: Path, orders: list[tuple[int, int]]) -> str | None:
+def failure(program: Path, orders: list[tuple[int, int]], blocks: int = BLOCKS) -> str | None:
     """Return what a program says in the first order that it fails in, or None."""
     for order, seed in orders:
-        command = [str(program), str(order), str(seed), str(BLOCKS)]
+        command = [str(program), str(order), str(seed), str(blocks)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             return f"{done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
