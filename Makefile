@@ -9,7 +9,7 @@ JOBS ?= 2
 
 TOOLS := $(VENV)/.tools
 READY := $(VENV)/.ready
-SOURCES := setup.py peft_kernels/version.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
+SOURCES := setup.py peft_kernels/version.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.py' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,10 +1,13 @@
-"""Build of the compiled extension; everything else is in pyproject.toml.
+"""Build of the compiled libraries; everything else is in pyproject.toml.
 
 PEFT_KERNELS_BUILD chooses what is compiled:
-    auto  what this machine can build (the default): `_C` when torch can be imported, else nothing
+    auto  what this machine can build and use (the default): `_C` when torch can be imported, and
+          `_C_cuda` when that torch has CUDA and nvcc is found; else nothing
     none  nothing: a pure-Python wheel
     cpu   `_C`, and an error where it cannot be built
-    cuda  `_C` and the CUDA library; this version has no CUDA sources yet, so it is an error
+    cuda  `_C` and `_C_cuda`, and an error where they cannot be built; any torch serves
+
+PEFT_KERNELS_CUDA_ARCHS, "80;90a", says what GPUs `_C_cuda` is for: those of this machine, else all.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc"))  # a build frontend runs this file without its folder
+import cuda_build  # noqa: E402
+
 CHOICES = ("auto", "none", "cpu", "cuda")
 HOW = "pip install torch ninja pybind11, then pip install --no-build-isolation ."
 
@@ -27,11 +33,6 @@ def extension() -> dict[str, Any]:
     choice = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
     if choice not in CHOICES:
         raise SystemExit(f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "cuda":
-        raise SystemExit(
-            "PEFT_KERNELS_BUILD=cuda: this version has no CUDA sources; Triton serves the GPU. "
-            "Use auto or cpu"
-        )
     if choice == "none":
         return say("PEFT_KERNELS_BUILD=none: a pure-Python wheel, without compiled kernels")
     try:
@@ -39,10 +40,9 @@ def extension() -> dict[str, Any]:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except Exception as error:  # A broken torch raises anything.
-        if choice == "cpu":
-            raise SystemExit(f"PEFT_KERNELS_BUILD=cpu: {error}. {HOW}") from error
+        if choice != "auto":
+            raise SystemExit(f"PEFT_KERNELS_BUILD={choice}: {error}. {HOW}") from error
         return say(f"no compiled kernels ({error}): a pure-Python wheel. To compile: {HOW}")
-    say("compiling the CPU kernels; this version has no CUDA sources, Triton serves the GPU")
     module = CppExtension(
         "peft_kernels._C",
         files("csrc", "*.cpp") + files("csrc", "cpu/*.cpp"),
@@ -59,7 +59,31 @@ def extension() -> dict[str, Any]:
             f'-DPEFT_KERNELS_BUILT_WITH_TORCH="{torch.__version__}"',
         ],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    why_no_cuda = without_cuda(choice, torch.version.cuda)
+    if why_no_cuda:
+        say(f"compiling the CPU kernels; no CUDA kernels: {why_no_cuda}")
+        return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    say("compiling the CPU kernels and the CUDA kernels")
+    # What was not asked for by name may fail to compile: the rest is installed, and says so.
+    library = Extension("peft_kernels._C_cuda", sources=[], optional=choice == "auto")
+    command = cuda_build.built_extension(version(), BuildExtension)
+    return {"ext_modules": [module, library], "cmdclass": {"build_ext": command}}
+
+
+def without_cuda(choice: str, cuda_of_torch: str | None) -> str | None:
+    """Return why the CUDA library is left out, or None where it is to be built."""
+    if choice == "cpu":
+        return "PEFT_KERNELS_BUILD=cpu"
+    if choice == "auto" and not cuda_of_torch:
+        return "this torch has no CUDA (PEFT_KERNELS_BUILD=cuda builds them nevertheless)"
+    try:
+        cuda_build.architectures(cuda_build.find_nvcc())
+        cuda_build.find_ninja()
+    except cuda_build.CannotBuild as error:
+        if choice == "cuda":
+            raise SystemExit(f"PEFT_KERNELS_BUILD=cuda: {error}") from error
+        return str(error)
+    return None
 
 
 def files(folder: str, pattern: str) -> list[str]:

@@ -27,13 +27,14 @@ def report() -> dict[str, dict[str, Any]]:
     """Return the report as sections of labelled lines; never raises.
 
     Returns:
-        "versions", "devices", "extension", "environment" and "backends", each a dict. A line that
-        could not be found out holds ``"error: ..."``.
+        "versions", "devices", "extension", "cuda library", "environment" and "backends", each a
+        dict. A line that could not be found out holds ``"error: ..."``.
     """
     return {
         "versions": _versions(),
         "devices": _section(_devices),
         "extension": _section(_extension),
+        "cuda library": _section(_cuda_library),
         "environment": _section(_variables),
         "backends": _section(_backends),
     }
@@ -172,8 +173,16 @@ def _gpu(cuda: Any, index: int) -> str:
 
 def _extension() -> dict[str, Any]:
     extension = importlib.import_module("peft_kernels.core.extension")
-    reason = _guarded(extension.why_not)
-    info = _guarded(extension.build_info)
+    return _library(extension.why_not, extension.build_info)
+
+
+def _cuda_library() -> dict[str, Any]:
+    library = importlib.import_module("peft_kernels.core.cuda_library")
+    return _library(library.why_not_loaded, library.build_info)
+
+
+def _library(why_not: Callable[[], str | None], build_info: Callable[[], Any]) -> dict[str, Any]:
+    reason, info = _guarded(why_not), _guarded(build_info)
     return {
         "loads": "yes" if reason is None else f"no: {reason}",
         **(info if isinstance(info, dict) else {"built with": info or "nothing"}),

@@ -16,7 +16,7 @@ import torch
 from peft_kernels import __main__ as command_line
 from peft_kernels import __version__, environment
 
-SECTIONS = ("versions", "devices", "extension", "environment", "backends")
+SECTIONS = ("versions", "devices", "extension", "cuda library", "environment", "backends")
 ROOT = Path(__file__).resolve().parent.parent
 # Runs before anything is imported. Absent: no finder knows the module. Broken: it fails to load.
 ABSENT = """

@@ -172,8 +172,11 @@ def test_ci_runs_lint_tests_and_the_dry_gpu_report() -> None:
     assert calls == ["make lint", "make test", "make gpu-report DRY_RUN=1 PYTHON=.venv/bin/python"]
 
 
-def test_a_source_distribution_holds_what_building_and_testing_read(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Build a source distribution of what is tracked; return it and the names of those files."""
+    tmp = tmp_path_factory.mktemp("sdist")
+    source = tmp / "source"
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -184,12 +187,40 @@ def test_a_source_distribution_holds_what_building_and_testing_read(tmp_path: Pa
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp)],
         cwd=source, env=os.environ | {"PEFT_KERNELS_BUILD": "none"}, capture_output=True,
         text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = tmp_path.glob("*.tar.gz")
+    (built,) = tmp.glob("*.tar.gz")
+    return built, names
+
+
+def test_a_source_distribution_holds_what_building_and_testing_read(
+    source_distribution: tuple[Path, list[str]],
+) -> None:
+    built, names = source_distribution
     with tarfile.open(built) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if not name.startswith((".git", "bench/results/"))} <= held
+    assert {"csrc/cuda/device.h", "csrc/cuda_binding/binding.h", "csrc/cuda_build.py"} <= held
+
+
+def test_a_source_distribution_installs(
+    source_distribution: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "--target", str(tmp_path / "site"),
+         str(source_distribution[0])],
+        env=os.environ | {"PEFT_KERNELS_BUILD": "none"}, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = "import peft_kernels; print(peft_kernels.__version__, peft_kernels.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, check=True,
+    )  # fmt: skip
+    version, _, file = done.stdout.strip().partition(" ")
+    assert version == peft_kernels.__version__ and file.startswith(str(tmp_path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cuda_build
+
 from bench import readme
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -34,3 +36,13 @@ def test_every_file_it_links_exists() -> None:
 
 def test_its_figures_are_those_of_the_result_file_it_names() -> None:
     assert readme.fill(README, readme.source_of(README)) == README
+
+
+def test_its_table_of_builds_has_every_choice_and_every_architecture() -> None:
+    setup = (Path(__file__).parent.parent / "setup.py").read_text(encoding="utf-8")
+    (choices,) = re.findall(r"^CHOICES = \((.*)\)$", setup, re.MULTILINE)
+    table = README[README.index("| `PEFT_KERNELS_BUILD`") : README.index("## Use")]
+    named = re.findall(r"^\| `([a-z]+)`", table, re.MULTILINE)
+    assert [f'"{name}"' for name in named] == choices.split(", ")
+    *most, last = cuda_build.ARCHITECTURES
+    assert f"all of {', '.join(most)} and {last}" in " ".join(table.split())

@@ -19,8 +19,9 @@ import torch
 
 NAMES = ("triton", "cuda", "cpp", "reference")
 _ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
-# On demand only: Triton's interpreter runs kernels on CPU tensors for tests, far slower than eager.
-_ON_DEMAND = {"cuda": (), "cpu": ("triton",)}
+# On demand only: Triton's interpreter, and the emulation of CUDA that tests load, run kernels on
+# CPU tensors far slower than eager.
+_ON_DEMAND = {"cuda": (), "cpu": ("triton", "cuda")}
 
 
 class BackendUnavailable(RuntimeError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peft_kernels.core import cuda_library
 from peft_kernels.version import __version__
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peft_kernels"
@@ -64,7 +65,14 @@ def load() -> ModuleType:
 def build_info() -> dict[str, Any] | None:
     """Return what ``_C`` was built with, or None where there is none.
 
-    Keys: version, torch, cuda (None), cuda_archs, compiler, cpu (the vector level that runs here).
+    Keys: version, torch, cuda (None without a CUDA library of this version), cuda_archs, compiler,
+    cpu (the vector level that runs here).
     """
     module, _ = _import()
-    return None if module is None else module.build_info()
+    if module is None:
+        return None
+    info: dict[str, Any] = module.build_info()
+    library = cuda_library.build_info() or {}
+    if library.get("version") == info["version"]:
+        info |= {"cuda": library["cuda"], "cuda_archs": library["cuda_archs"]}
+    return info

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import backend as backends
-from peft_kernels.core import extension, triton_runtime
+from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, matrix, narrow, packed, rows, widen
-from peft_kernels.lora import cpp, reference
+from peft_kernels.lora import cpp, cuda, reference
 
 
 class LoRASpec(NamedTuple):
@@ -63,6 +63,7 @@ LORA_LINEAR = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
+        cuda_library.backend(cuda),
         backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import backend as backends
-from peft_kernels.core import triton_runtime
+from peft_kernels.core import cuda_library, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.prompt import cpp, reference
+from peft_kernels.prompt import cpp, cuda, reference
 
 
 class PromptSpec(NamedTuple):
@@ -45,6 +45,7 @@ PROMPT_EMBEDDING = backends.Op(
     "prompt_embedding",
     (
         backends.Backend("triton", _triton_forward, _triton_backward, _triton_why_not),
+        cuda_library.backend(cuda),
         backends.Backend("cpp", cpp.forward, cpp.backward, lambda spec: cpp.why_not()),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),

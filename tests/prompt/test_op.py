@@ -56,7 +56,7 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"padding_idx": 10}, ValueError, "padding_idx must lie in -10..9, got 10"),
     ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
     ({"backend": "fastest"}, ValueError, "backend must be one of"),
-    ({"backend": "cuda"}, BackendUnavailable, "prompt_embedding has no cuda backend"),
+    ({"backend": "cuda"}, BackendUnavailable, "cuda: serves NVIDIA GPUs: move the tensors"),
 ]
 
 

@@ -1,0 +1,137 @@
+"""What nvcc and ptxas make of one file of csrc/cuda for one architecture, kernel by kernel.
+
+Results are kept in build/cuda_compile under a hash of everything that went into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cuda_build
+
+from tests.compile.cross import disassemble
+
+CACHE = cuda_build.ROOT / "build" / "cuda_compile"
+# Copies and sums: every other kernel makes products.
+WITHOUT_PRODUCTS = ("prompt_forward_kernel", "prompt_gradient_kernel", "table_gradient_kernel")
+_FIELDS = {
+    "registers": r"Used (\d+) registers",
+    "spills": r"(\d+) bytes spill stores",
+    "stack": r"(\d+) bytes stack frame",
+    "static_shared": r"(\d+) bytes smem",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports of a kernel, and what its SASS contains.
+
+    Attributes:
+        name: with its template arguments.
+        registers: of a thread.
+        spills: bytes stored.
+        stack: bytes.
+        static_shared: bytes; kernels take all of their shared memory at launch, and none here.
+        tensor_core_instructions: HMMA, HGMMA.
+        async_copies: LDGSTS.
+        spill_instructions: STL and LDL.
+    """
+
+    name: str
+    registers: int
+    spills: int
+    stack: int
+    static_shared: int
+    tensor_core_instructions: int
+    async_copies: int
+    spill_instructions: int
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in, by its template arguments."""
+        found = re.search(r"\b(Half|BFloat16)\b", self.name)
+        return found[1] if found else "float"
+
+    def problems(self, arch: str) -> list[str]:
+        """Return what would make this kernel slow or wrong on ``arch``."""
+        number = int(arch.rstrip("af"))
+        multiplies = not any(name in self.name for name in WITHOUT_PRODUCTS)
+        # Below sm_80 bfloat16 has no product of its own; float32 is exact everywhere.
+        cores = multiplies and (self.dtype == "Half" or (self.dtype == "BFloat16" and number >= 80))
+        found = []
+        if self.spills or self.spill_instructions:
+            found.append(f"spills {self.spills} bytes, {self.spill_instructions} instructions")
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack: an array that is not in registers")
+        if self.static_shared:
+            found.append(f"{self.static_shared} bytes of shared memory that no launch counts")
+        if cores and not self.tensor_core_instructions:
+            found.append("no tensor-core instruction")
+        if multiplies and number >= 80 and not self.async_copies:
+            found.append("no asynchronous copy")
+        return found
+
+
+def report(source: Path, arch: str) -> list[Kernel]:
+    """Compile ``source`` for ``arch`` and return its kernels.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile.
+    """
+    nvcc = cuda_build.find_nvcc()
+    command = [nvcc, *cuda_build.kernel_flags([arch]), "-Xptxas", "-v", "-cubin"]
+    headers = sorted(source.parent.glob("*.h"))
+    key = hashlib.sha256()
+    for part in (*command, cuda_build.cuda_version(nvcc), Path(__file__).read_text()):
+        key.update(part.encode())
+    for path in (source, *headers):
+        key.update(path.name.encode() + path.read_bytes())
+    kept = CACHE / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.json"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "out.cubin"
+            done = subprocess.run(
+                [*command, str(source), "-o", str(cubin)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            kernels = list(_read(done.stdout + done.stderr, disassemble(cubin.read_bytes())))
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps([asdict(each) for each in kernels]))
+        unfinished.rename(kept)
+    return [Kernel(**each) for each in json.loads(kept.read_text())]
+
+
+def _read(log: str, sass: str) -> Iterable[Kernel]:
+    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+    entries = re.findall(
+        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+    )
+    plain = subprocess.run(
+        ["c++filt"], input="\n".join(name for name, _ in entries), capture_output=True, text=True,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for (name, said), readable in zip(entries, plain, strict=True):
+        numbers = {
+            field: int(found[1]) if (found := re.search(pattern, said)) else 0
+            for field, pattern in _FIELDS.items()
+        }
+        assert numbers["registers"], f"ptxas said nothing of {readable}"
+        instructions = code[name]
+        yield Kernel(
+            name=readable.replace("(anonymous namespace)::", ""),
+            tensor_core_instructions=len(re.findall(r"\bHG?MMA\b", instructions)),
+            async_copies=len(re.findall(r"\bLDGSTS\b", instructions)),
+            spill_instructions=len(re.findall(r"\b(?:STL|LDL)\b", instructions)),
+            **numbers,
+        )
