@@ -158,10 +158,8 @@ void check(
 
 template <typename T>
 void check_all(Type type, double tolerance) {
-  for (bool drops : {false, true}) {
-    check<T>(type, tolerance, 40, 48, 104, 8, drops, 0);
-    check<T>(type, tolerance, 75, 37, 131, 5, drops, 1);
-  }
+  check<T>(type, tolerance, 40, 48, 104, 8, false, 0);
+  check<T>(type, tolerance, 75, 37, 131, 5, true, 1);
 }
 
 }  // namespace
