@@ -2,9 +2,9 @@
 // [kColumns, depth] transposed, in float, over a pipeline of asynchronous copies.
 //
 // Operands have a unit stride in one dimension, kept in shared memory as it lies in global memory:
-// along the depth, or across it. 16-byte pieces that are aligned and whole are copied asynchronously,
-// others by elements, and what lies outside the matrix is zero. 16-bit types multiply on tensor
-// cores; float by multiply-adds, so that its sums are exact to float.
+// along the depth, or across it. 16-byte pieces that are aligned and whole are copied
+// asynchronously, others by elements, and what lies outside the matrix is zero. 16-bit types
+// multiply on tensor cores; float by multiply-adds, so that its sums are exact to float.
 #pragma once
 
 #include "philox.h"
@@ -12,8 +12,8 @@
 
 namespace pk {
 
-// A matrix of `lines`, each of `length` neighbouring elements; line i starts at i * stride, or where
-// `order` is not null, at order[i] * stride.
+// A matrix of `lines`, each of `length` neighbouring elements; line i starts at i * stride, or
+// where `order` is not null, at order[i] * stride.
 template <typename T>
 struct Lines {
   const T* data;
@@ -28,8 +28,8 @@ template <typename T>
 Lines<T> lines_of(
     const void* data, int64_t stride, int64_t lines, int64_t length,
     const int64_t* order = nullptr) {
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
+  const bool aligned = is_aligned(data, 16) && bytes % 16 == 0;
   return {static_cast<const T*>(data), stride, lines, length, order, aligned};
 }
 
@@ -43,7 +43,8 @@ template <int kLines, int kLength, int kThreads, typename T>
 PK_DEVICE void load_lines(T* shared, const Lines<T>& from, int64_t first, int64_t begin) {
   constexpr int kPack = kPackOf16<T>, kPerLine = kLength / kPack;
   constexpr int kPieces = kLines * kPerLine / kThreads;
-  static_assert(kLength % kPack == 0 && kThreads % kPerLine == 0 && kLines * kPerLine % kThreads == 0);
+  static_assert(kLength % kPack == 0 && kThreads % kPerLine == 0);
+  static_assert(kLines * kPerLine % kThreads == 0);
   const int line0 = device::thread_x() / kPerLine, offset = device::thread_x() % kPerLine * kPack;
   T* target = shared + line0 * padded<T>(kLength) + offset;
   if (from.aligned && first + kLines <= from.lines && begin + kLength <= from.length) {
@@ -57,17 +58,20 @@ PK_DEVICE void load_lines(T* shared, const Lines<T>& from, int64_t first, int64_
     return;
   }
   const int64_t left = from.length - begin - offset;
-  PK_NO_UNROLL for (int i = 0; i < kPieces; ++i, target += kThreads / kPerLine * padded<T>(kLength)) {
+  PK_NO_UNROLL for (int i = 0; i < kPieces; ++i) {
     const int64_t line = first + line0 + i * (kThreads / kPerLine);
     const bool inside = line < from.lines && left > 0;
-    const T* source = inside ? from.data + from.line(line) * from.stride + begin + offset : from.data;
+    const T* source = from.data;
+    if (inside) source += from.line(line) * from.stride + begin + offset;
     if (from.aligned && (left >= kPack || !inside)) {
       device::cp_async_16(target, source, inside);
     } else {
       Pack<T, kPack> pack;
-      PK_UNROLL for (int j = 0; j < kPack; ++j) pack[j] = inside && j < left ? source[j] : zero<T>();
+      PK_UNROLL for (int j = 0; j < kPack; ++j)
+        pack[j] = inside && j < left ? source[j] : zero<T>();
       store_pack(target, pack);
     }
+    target += kThreads / kPerLine * padded<T>(kLength);
   }
 }
 
@@ -265,9 +269,10 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
         kColumnsAlong ? depth : column0);
   }
 
-  // Add rows [row0, + kRows) times columns [column0, + kColumns) over the depth [begin, end) to the
-  // accumulators. arrived(rows tile, columns tile, depth) runs before each block of the depth is
-  // multiplied, and may change the tile if it ends with a barrier. Shared memory is free afterwards.
+  // Add rows [row0, + kRows) times columns [column0, + kColumns) over the depth [begin, end) to
+  // the accumulators. arrived(rows tile, columns tile, depth) runs before each block of the depth
+  // is multiplied, and may change the tile if it ends with a barrier. Shared memory is free
+  // afterwards.
   template <typename Arrived>
   PK_DEVICE void run(
       T* shared, const Lines<T>& rows, int64_t row0, const Lines<T>& columns, int64_t column0,
@@ -299,7 +304,8 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
   // and contiguous, by way of shared memory so that neighbours are written together.
   template <typename Value>
   PK_DEVICE void store(
-      T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0, Value value) {
+      T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0,
+      Value value) {
     this->visit([&](int row, int column, float& sum) {
       shared[row * padded<T>(kColumns) + column] = from_float<T>(value(column0 + column, sum));
     });
