@@ -94,6 +94,10 @@ PK_DEVICE void drop_in_lines(
   }
 }
 
+struct SameRow {
+  PK_DEVICE int64_t operator()(int64_t row) const { return row; }
+};
+
 // kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
 template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_>
 struct Shape {
@@ -163,14 +167,17 @@ class Product {
             sum_[m][n][i]);
   }
 
-  // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0).
-  PK_DEVICE void drop(int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout) {
+  // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0);
+  // row_of(i) is the row of the mask that row i of the matrix has.
+  template <typename RowOf = SameRow>
+  PK_DEVICE void drop(
+      int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout, RowOf row_of = {}) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
     const int g = device::lane() / 4, t = device::lane() % 4;
     // Two lanes share the four columns that one call draws: each draws one of their two rows.
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n) {
-        const int64_t row = row0 + first_row() + m * 16 + g + t % 2 * 8;
+        const int64_t row = row_of(row0 + first_row() + m * 16 + g + t % 2 * 8);
         const int64_t column = column0 + first_column() + n * 8 + t / 2 * 4;
         const uint32_t own =
             keep_bits(seed, dropout.threshold, row, (columns + 3) / 4, column / 4);
@@ -202,7 +209,10 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
       PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] = 0.0f;
   }
 
+  // The block's products are summed before they are added: one chain over all of the depth would round
+  // too often.
   PK_DEVICE void multiply(const float* rows, const float* columns) {
+    float part[8][4] = {};
     PK_UNROLL for (int k = 0; k < S::kDepth; ++k) {
       float b[4];
       PK_UNROLL for (int n = 0; n < 4; ++n) {
@@ -214,9 +224,11 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
         const int row = first_row() + m * kThreadRows;
         const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
                                         : k * padded<float>(S::kRows) + row];
-        PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] += a * b[n];
+        PK_UNROLL for (int n = 0; n < 4; ++n) part[m][n] += a * b[n];
       }
     }
+    PK_UNROLL for (int m = 0; m < 8; ++m)
+      PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] += part[m][n];
   }
 
   template <typename F>
@@ -226,12 +238,14 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
         f(first_row() + m * kThreadRows, first_column() + n * kThreadColumns, sum_[m][n]);
   }
 
-  PK_DEVICE void drop(int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout) {
+  template <typename RowOf = SameRow>
+  PK_DEVICE void drop(
+      int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout, RowOf row_of = {}) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
     const int within = device::lane() % 4;
     // Four lanes share the four columns that one call draws: each draws one of their four groups.
     PK_UNROLL for (int m = 0; m < 8; ++m) {
-      const int64_t row = row0 + first_row() + m * kThreadRows;
+      const int64_t row = row_of(row0 + first_row() + m * kThreadRows);
       const int64_t column = column0 + first_column() - within + within * kThreadColumns;
       const uint32_t own = keep_bits(seed, dropout.threshold, row, (columns + 3) / 4, column / 4);
       PK_UNROLL for (int n = 0; n < 4; ++n) {
@@ -309,6 +323,14 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
     this->visit([&](int row, int column, float& sum) {
       shared[row * padded<T>(kColumns) + column] = from_float<T>(value(column0 + column, sum));
     });
+    write(shared, out, rows, columns, row0, column0);
+  }
+
+  // Write a tile that the block has put into shared memory, in padded lines, as such rows and columns
+  // of out; where `order` is not null, row i is row order[i] of out.
+  PK_DEVICE static void write(
+      const T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0,
+      const int64_t* order = nullptr) {
     device::sync_threads();
     constexpr int kPack = kPackOf16<T>, kPerLine = kColumns / kPack;
     const bool aligned = is_aligned(out, 16) && columns % kPack == 0;
@@ -317,7 +339,7 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
       if (row >= rows || column >= columns) continue;
       const auto pack =
           load_pack<T, kPack>(shared + i / kPerLine * padded<T>(kColumns) + i % kPerLine * kPack);
-      T* target = out + row * columns + column;
+      T* target = out + (order ? order[row] : row) * columns + column;
       if (aligned) {
         store_pack(target, pack);
       } else {
