@@ -10,16 +10,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from peft_kernels.models.transformers_masks import packed_offsets, prefix_mask
 from peft_kernels.prefix.op import prefix_attention
 from peft_kernels.prefix.virtual_tokens import VirtualTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "peft_kernels_prefix"
 # The name under which an attention layer holds its prefix, and so in the model's state dict.
@@ -31,6 +33,9 @@ _REFUSED = {
     "softcap": "a soft cap on the scores",
     "position_bias": "a bias on the scores (T5)",
     "s_aux": "an attention sink",
+    "sinks": "an attention sink",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
     "cache": "a paged cache (continuous batching)",
     "head_mask": "a mask of heads",
     "output_attentions": "returning attention weights, which are never made whole,",
@@ -75,10 +80,10 @@ def attention_forward(
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: {meaning} has no kernel in {IMPLEMENTATION}")
-    causal = _is_causal(module)
-    if is_causal is not None and attention_mask is None:
+    causal = _is_causal(module) or bool(is_causal)
+    if is_causal is False and attention_mask is None:
         # Beside a mask it only says that SDPA is to take the mask instead (GPT-2, transformers 4).
-        causal = is_causal
+        causal = False
     key_mask, offsets = _mask(attention_mask, kwargs.get("cu_seq_lens_q"))
     if attention_mask is None and offsets is None and causal and query.shape[2] == key.shape[2]:
         offsets = _packed(query, kwargs.get("position_ids"))
@@ -122,7 +127,7 @@ def _packed(query: Tensor, position_ids: Tensor | None) -> Tensor | None:
     transformers looks for them where it makes masks, but only without a cache, which a model that
     is called in training makes too unless it is told use_cache=False.
     """
-    if position_ids is None or torch.compiler.is_compiling():
+    if position_ids is None:
         return None
     batch, _, queries, _ = query.shape
     if position_ids.shape not in ((1, queries), (batch, queries)):
@@ -152,8 +157,15 @@ def _in_one_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, prefix_mask)
+def register() -> None:
+    """Make ``peft_kernels_prefix`` known to transformers; ``attach_prefixes`` does.
+
+    transformers is imported only now: it brings Triton along.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, prefix_mask)
 
 
 def attach_prefixes(
@@ -214,7 +226,7 @@ def attach_prefixes(
         320
     """
     inner = _transformers_model(model)
-    if _RECORD in inner.__dict__:
+    if any(hasattr(module, SUBMODULE) for module in model.modules()):
         raise ValueError("model has prefixes already; detach_prefixes(model) first")
     layers = _self_attention(model, targets)
     positions = _positions(model) if shift_positions else []
@@ -255,6 +267,8 @@ def detach_prefixes(model: nn.Module) -> None:
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -268,6 +282,12 @@ def _self_attention(model: nn.Module, targets: str | Iterable[str] | None) -> di
         for name, module in model.named_modules()
         if _uses_interface(module) and not _is_cross(name, module)
     }
+    for name, module in found.items():
+        # What the layer says of itself is all there is to go by where nothing is padded.
+        if "decoder" in name and getattr(module, "is_causal", None) is False:
+            raise ValueError(f"{name!r} is in a decoder and says is_causal=False: is it causal?")
+        if _window_is_hidden(module):
+            raise ValueError(f"{name!r} does not tell its attention of config.sliding_window")
     if not found:
         raise ValueError(
             f"no self-attention that uses transformers' AttentionInterface in "
@@ -291,6 +311,19 @@ def _self_attention(model: nn.Module, targets: str | Iterable[str] | None) -> di
             f"targets {missing} matched no self-attention; the model has {', '.join(found)}"
         )
     return chosen
+
+
+def _window_is_hidden(module: nn.Module) -> bool:
+    """Return whether a layer's window is in its masks alone, and not in what its forward passes."""
+    config = getattr(module, "config", None)
+    if not getattr(config, "sliding_window", None):
+        return False
+    if not getattr(config, "use_sliding_window", True):
+        return False
+    code = inspect.unwrap(type(module).forward).__code__
+    names = {*code.co_names, *code.co_varnames}
+    constants = [each for each in code.co_consts if isinstance(each, tuple)]
+    return "sliding_window" not in names and not any("sliding_window" in each for each in constants)
 
 
 def _uses_interface(module: nn.Module) -> bool:
@@ -320,7 +353,7 @@ def _virtual_tokens(
     heads = _first(layer, config, "num_heads", "num_attention_heads", "n_heads")
     groups = getattr(layer, "num_key_value_groups", None)
     kv_heads = heads // groups if groups else heads
-    size = _first(layer, config, "head_dim", "attention_head_size")
+    size = _first(layer, config, "head_dim", "attention_head_size", "head_size")
     weight = next(each for each in layer.parameters() if each.is_floating_point())
     return VirtualTokens(
         heads * size, heads, kv_heads, size, num_virtual_tokens=tokens, gated=gated,
@@ -342,6 +375,7 @@ def _first(layer: nn.Module, config: Any, *names: str) -> int:
 
 def _switch(inner: PreTrainedModel, layers: dict[str, nn.Module]) -> Any:
     """Make the model compute attention by ``attention_forward``; return what it did before."""
+    register()
     previous = inner.config._attn_implementation
     inner.set_attn_implementation(IMPLEMENTATION)
     for name, layer in layers.items():
@@ -394,5 +428,6 @@ class _Shift:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.tokens}
-        # Positions are the last of (x, position_ids), and alone where an nn.Embedding is called.
-        return (*args[:-1], args[-1] + self.tokens), kwargs
+        # Positions are the second of (x, position_ids, ...), alone where nn.Embedding is called.
+        at = 0 if isinstance(module, nn.Embedding) else 1
+        return (*args[:at], args[at] + self.tokens, *args[at + 1 :]), kwargs

@@ -74,6 +74,12 @@ def prefix_mask(
             return None
         device = kwargs.get("device")
         return torch.ones(batch_size, width, dtype=torch.bool, device=device)
+    if isinstance(q_offset, int) and attention_mask.shape[1] > q_offset + int(q_length or 0):
+        if "causal_mask_function" in parts:
+            raise ValueError(
+                f"attention_mask must end with the last query: {q_offset + int(q_length or 0)} "
+                f"columns, got {list(attention_mask.shape)}"
+            )
     keep = attention_mask[:, kv_offset : kv_offset + width].bool()
     if keep.shape[1] != width:
         raise ValueError(
@@ -91,11 +97,17 @@ def packed_offsets(position_ids: Tensor) -> Tensor | None:
     What is found is kept with the tensor: the layers of a model look at the same one.
     """
     found: Tensor | None
-    if not hasattr(position_ids, "_peft_kernels_offsets"):
-        steps = position_ids.diff(dim=-1) != 1
+    steps = position_ids.diff(dim=-1) != 1
+    if torch.compiler.is_compiling() or position_ids.is_inference():
+        # Traced, it cannot be looked at: a row of one sequence is packed too.
+        whole = not torch.compiler.is_compiling() and not steps.any()
+        return None if whole else _offsets(nn.functional.pad(steps.cumsum(-1), (1, 0)))
+    version, found = getattr(position_ids, "_peft_kernels_offsets", (None, None))
+    if version != position_ids._version:
         found = _offsets(nn.functional.pad(steps.cumsum(-1), (1, 0))) if steps.any() else None
-        position_ids._peft_kernels_offsets = found  # type: ignore[attr-defined]
-    found = position_ids._peft_kernels_offsets  # type: ignore[attr-defined]
+        position_ids._peft_kernels_offsets = (  # type: ignore[attr-defined]
+            position_ids._version, found,
+        )  # fmt: skip
     return found
 
 
