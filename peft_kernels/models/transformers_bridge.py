@@ -7,8 +7,7 @@ its attention by ``prefix_attention``. Nothing goes through the cache, so gradie
 
 from __future__ import annotations
 
-import inspect
-import re
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_kernels.models.transformers_layers import (
+    Shift,
+    position_modules,
+    prefix_of,
+    self_attention,
+)
 from peft_kernels.models.transformers_masks import packed_offsets, prefix_mask
 from peft_kernels.prefix.op import prefix_attention
-from peft_kernels.prefix.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +44,6 @@ _REFUSED = {
     "head_mask": "a mask of heads",
     "output_attentions": "returning attention weights, which are never made whole,",
 }
-_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
-_POSITION_EMBEDDINGS = ("wpe", "position_embeddings")
 
 
 def attention_forward(
@@ -168,6 +170,11 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, prefix_mask)
 
 
+# A pickled model brings its hooks back, and with them this module.
+if "transformers" in sys.modules:
+    register()
+
+
 def attach_prefixes(
     model: nn.Module,
     *,
@@ -208,7 +215,12 @@ def attach_prefixes(
     Raises:
         TypeError: there is no transformers model in ``model``.
         ValueError: prefixes are attached already, no attention layer was found or a target matched
-            none, the model cannot change its attention, or ``shift_positions`` finds no positions.
+            none, a layer does not say whether it is causal or what its window is, the model cannot
+            change its attention, or ``shift_positions`` finds no positions.
+
+    Attach after ``from_pretrained``, which would not know the prefixes, and load a saved state dict
+    then; attach after peft's ``get_peft_model``, which freezes what it finds. A packed batch is for
+    training: its cache does not remember where sequences begin.
 
     Source: Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, ACL 2021.
 
@@ -228,12 +240,10 @@ def attach_prefixes(
     inner = _transformers_model(model)
     if any(hasattr(module, SUBMODULE) for module in model.modules()):
         raise ValueError("model has prefixes already; detach_prefixes(model) first")
-    layers = _self_attention(model, targets)
-    positions = _positions(model) if shift_positions else []
+    layers = self_attention(model, targets)
+    positions = position_modules(model, layers) if shift_positions else []
     built = [
-        _virtual_tokens(
-            layer, num_virtual_tokens, gated, prefix_projection, projection_hidden, dtype
-        )
+        prefix_of(layer, num_virtual_tokens, gated, prefix_projection, projection_hidden, dtype)
         for layer in layers.values()
     ]
     previous = _switch(inner, layers)
@@ -242,7 +252,7 @@ def attach_prefixes(
         layer.add_module(SUBMODULE, tokens.train(layer.training))
         handles.append(layer.register_forward_pre_hook(_check_implementation))
     for module in positions:
-        shift = _Shift(num_virtual_tokens)
+        shift = Shift(num_virtual_tokens)
         handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
     inner.__dict__[_RECORD] = list(layers), previous, handles
     return list(layers)
@@ -275,104 +285,6 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"model must be, or hold, a transformers model, got {type(model).__name__}")
 
 
-def _self_attention(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Module]:
-    """Return the self-attention layers that targets name, by name."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if _uses_interface(module) and not _is_cross(name, module)
-    }
-    for name, module in found.items():
-        # What the layer says of itself is all there is to go by where nothing is padded.
-        if "decoder" in name and getattr(module, "is_causal", None) is False:
-            raise ValueError(f"{name!r} is in a decoder and says is_causal=False: is it causal?")
-        if _window_is_hidden(module):
-            raise ValueError(f"{name!r} does not tell its attention of config.sliding_window")
-    if not found:
-        raise ValueError(
-            f"no self-attention that uses transformers' AttentionInterface in "
-            f"{type(model).__name__}"
-        )
-    if targets is None:
-        return found
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    chosen = {
-        name: module
-        for name, module in found.items()
-        if any(name == each or name.endswith("." + each) for each in wanted)
-    }
-    missing = [
-        each
-        for each in wanted
-        if not any(name == each or name.endswith("." + each) for name in chosen)
-    ]
-    if missing or not chosen:
-        raise ValueError(
-            f"targets {missing} matched no self-attention; the model has {', '.join(found)}"
-        )
-    return chosen
-
-
-def _window_is_hidden(module: nn.Module) -> bool:
-    """Return whether a layer's window is in its masks alone, and not in what its forward passes."""
-    config = getattr(module, "config", None)
-    if not getattr(config, "sliding_window", None):
-        return False
-    if not getattr(config, "use_sliding_window", True):
-        return False
-    code = inspect.unwrap(type(module).forward).__code__
-    names = {*code.co_names, *code.co_varnames}
-    constants = [each for each in code.co_consts if isinstance(each, tuple)]
-    return "sliding_window" not in names and not any("sliding_window" in each for each in constants)
-
-
-def _uses_interface(module: nn.Module) -> bool:
-    """Return whether a module's forward calls what ``AttentionInterface`` gives it."""
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def _is_cross(name: str, module: nn.Module) -> bool:
-    own = name.rpartition(".")[2] + type(module).__name__
-    return bool(getattr(module, "is_cross_attention", False)) or bool(
-        _CROSS.search(own) or _CROSS.search(name.rpartition(".")[0].rpartition(".")[2])
-    )
-
-
-def _virtual_tokens(
-    layer: nn.Module,
-    tokens: int,
-    gated: bool,
-    prefix_projection: bool,
-    projection_hidden: int | None,
-    dtype: torch.dtype | None,
-) -> VirtualTokens:
-    """Return a prefix that fits an attention layer of any of transformers' namings."""
-    config: Any = layer.config
-    heads = _first(layer, config, "num_heads", "num_attention_heads", "n_heads")
-    groups = getattr(layer, "num_key_value_groups", None)
-    kv_heads = heads // groups if groups else heads
-    size = _first(layer, config, "head_dim", "attention_head_size", "head_size")
-    weight = next(each for each in layer.parameters() if each.is_floating_point())
-    return VirtualTokens(
-        heads * size, heads, kv_heads, size, num_virtual_tokens=tokens, gated=gated,
-        prefix_projection=prefix_projection, projection_hidden=projection_hidden,
-        device=weight.device, dtype=dtype or weight.dtype,
-    )  # fmt: skip
-
-
-def _first(layer: nn.Module, config: Any, *names: str) -> int:
-    for holder in (layer, config):
-        for name in names:
-            value = getattr(holder, name, None)
-            if isinstance(value, int):
-                return value
-    raise ValueError(
-        f"a {type(layer).__name__} has none of {', '.join(names)}: what its heads are is not known"
-    )
-
-
 def _switch(inner: PreTrainedModel, layers: dict[str, nn.Module]) -> Any:
     """Make the model compute attention by ``attention_forward``; return what it did before."""
     register()
@@ -398,36 +310,3 @@ def _check_implementation(layer: nn.Module, _: tuple[Any, ...]) -> None:
             f"which ignores the prefixes: model.set_attn_implementation({IMPLEMENTATION!r}), or "
             f"detach_prefixes(model)"
         )
-
-
-def _positions(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that turn positions into embeddings."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if "position_ids" in inspect.signature(module.forward).parameters
-        and type(module).__name__.endswith("RotaryEmbedding")
-        or (type(module) is nn.Embedding and name.rpartition(".")[2] in _POSITION_EMBEDDINGS)
-    ]
-    if not found:
-        raise ValueError(
-            "shift_positions=True finds no positions: neither rotary embeddings nor an "
-            f"nn.Embedding named {' or '.join(_POSITION_EMBEDDINGS)}"
-        )
-    return found
-
-
-class _Shift:
-    """A hook that adds P to the positions that a module is given (a class, so that it pickles)."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.tokens}
-        # Positions are the second of (x, position_ids, ...), alone where nn.Embedding is called.
-        at = 0 if isinstance(module, nn.Embedding) else 1
-        return (*args[:at], args[at] + self.tokens, *args[at + 1 :]), kwargs

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +280,67 @@ def test_with_shifted_positions_it_is_pefts_prefix_tuning(family: str) -> None:
     assert (model(**given).logits[keep] - theirs).abs().max() > 0.1
 
 
+def test_reused_positions_are_looked_at_again() -> None:
+    model, ids = make("llama"), batch()["input_ids"][:1]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    packed = model(input_ids=ids, position_ids=positions).logits
+    positions.copy_(torch.arange(9)[None])
+    whole = model(input_ids=ids, position_ids=positions).logits
+    assert torch.equal(whole, model(input_ids=ids).logits)
+    assert not torch.equal(whole, packed)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_models_see_packed_sequences() -> None:
+    model, ids = make("llama"), batch()["input_ids"][:1]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    expected = model(input_ids=ids, position_ids=positions).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    for positions_ in (positions, positions.clone()):
+        found = compiled(input_ids=ids, position_ids=positions_).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    alone = compiled(input_ids=ids, position_ids=torch.arange(9)[None]).logits
+    torch.testing.assert_close(alone, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [None, "right"])
+def test_a_text_tower_that_says_is_causal_with_every_call(side: str | None) -> None:
+    """CLIP's layers are not causal by themselves: each call says that it is."""
+    torch.manual_seed(1)
+    config = transformers.CLIPTextConfig(
+        **SIZES, intermediate_size=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.CLIPTextModel(config).eval().double().requires_grad_(False)
+    attach_prefixes(model, num_virtual_tokens=VIRTUAL, dtype=torch.float64)
+    given = batch(side)
+    found = model(**given).last_hidden_state
+    with dense():
+        exact = model(**given).last_hidden_state
+    keep = given.get("attention_mask", torch.ones(3, 9)).bool()
+    torch.testing.assert_close(found[keep], exact[keep], atol=1e-10, rtol=1e-10)
+
+
+def test_rotaries_that_are_told_more_than_positions_are_shifted() -> None:
+    torch.manual_seed(1)
+    config = transformers.Gemma3TextConfig(
+        **{**ROTARY, "head_dim": 8, "num_hidden_layers": 2, "sliding_window": 4},
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval().double().requires_grad_(False)
+    attach_prefixes(model, num_virtual_tokens=VIRTUAL, shift_positions=True, dtype=torch.float64)
+    found = model(**batch("left")).logits
+    mask = batch("left")["attention_mask"].bool()
+    with dense():
+        exact = model(**batch("left")).logits
+    torch.testing.assert_close(found[mask], exact[mask], atol=1e-9, rtol=1e-9)
+    positions = torch.arange(9)[None] + VIRTUAL
+    shifted = model(input_ids=batch()["input_ids"]).logits
+    detach_prefixes(model)
+    attach_prefixes(model, num_virtual_tokens=0)
+    assert (model(input_ids=batch()["input_ids"], position_ids=positions).logits - shifted).any()
+
+
 def test_cross_attention_is_left_alone() -> None:
     torch.manual_seed(1)
     config = transformers.BartConfig(
@@ -319,8 +383,9 @@ def test_detaching_restores_the_model() -> None:
     expected, before = model(**given).logits, list(model.state_dict())
     attach_prefixes(model, num_virtual_tokens=3, shift_positions=True)
     assert len(model.state_dict()) == len(before) + 4
-    with pytest.raises(ValueError, match="has prefixes already"):
-        attach_prefixes(model, num_virtual_tokens=3)
+    for each in (model, model.model):
+        with pytest.raises(ValueError, match="has prefixes already"):
+            attach_prefixes(each, num_virtual_tokens=3)
     detach_prefixes(model)
     assert list(model.state_dict()) == before
     assert torch.equal(model(**given).logits, expected)
@@ -360,6 +425,49 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
     attach_prefixes(chunked, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="chunked attention has no kernel"):
         chunked(**given)
+
+
+def test_layers_that_keep_to_themselves_what_they_see_are_refused() -> None:
+    torch.manual_seed(1)
+    pegasus = transformers.BigBirdPegasusForCausalLM(
+        transformers.BigBirdPegasusConfig(
+            vocab_size=50, d_model=32, decoder_layers=1, decoder_attention_heads=4,
+            decoder_ffn_dim=48, max_position_embeddings=64, encoder_layers=1,
+            encoder_attention_heads=4, encoder_ffn_dim=48,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"says is_causal=False: is it causal\?"):
+        attach_prefixes(pegasus, num_virtual_tokens=2)
+    options = {**ROTARY, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    options |= {"num_experts": 2, "num_experts_per_tok": 1, "max_window_layers": 0}
+    moe = transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(**options, use_sliding_window=True, sliding_window=4)
+    )
+    with pytest.raises(ValueError, match=r"does not tell its attention of config.sliding_window"):
+        attach_prefixes(moe, num_virtual_tokens=2)
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=50, hidden_size=32, num_hidden_layers=1, ffn_dim=48, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=32,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="finds no positions of 'model.decoder.layers.0.self_attn"):
+        attach_prefixes(opt, num_virtual_tokens=2, shift_positions=True)
+    model, given = make("llama"), batch("left")
+    longer = torch.cat([given["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
+    with pytest.raises(ValueError, match=r"must end with the last query: 9 columns, got \[3, 11"):
+        model(input_ids=given["input_ids"], attention_mask=longer)
+
+
+def test_a_pickled_model_is_whole_in_another_process(tmp_path: Path) -> None:
+    model = make("llama", shift_positions=True)
+    torch.save((model, batch("left"), model(**batch("left")).logits), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, given, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, timeout=120)
 
 
 def test_models_without_the_interface_are_refused() -> None:
