@@ -148,6 +148,7 @@ def visible(given: Problem) -> Tensor:
             if offsets is not None:
                 seen &= segments[at] == segments[j]
             found[:, i, j] = seen
+    found = found.to(given.query.device)
     return found if mask is None else found & mask[:, None, :]
 
 

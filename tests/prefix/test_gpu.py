@@ -146,7 +146,7 @@ def test_a_captured_graph_replays() -> None:
 
 
 def test_nothing_of_the_size_of_a_prefix_for_each_row_is_allocated() -> None:
-    batch, prefix = 64, 4096
+    batch, prefix = 512, 4096
     q = torch.randn(batch, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(batch, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
     one = torch.randn(2, prefix, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
