@@ -19,24 +19,24 @@ def load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
 @triton.jit
 def multiply(a, b, PRECISION: tl.constexpr):
     """Return a b in float32: ``multiply_add`` onto zero."""
-    if PRECISION == "tf32":
+    if a.dtype == tl.float32 and PRECISION == "tf32":
         a, b = _round_to_tf32(a), _round_to_tf32(b)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def multiply_add(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a b in float32.
+    """Return acc + a b in float32; PRECISION is of float32 operands.
 
     Exact products of float32 ("ieee") are summed by themselves and then added: in one chain over
     all steps of a loop, which is what the compiler makes of a product and a sum, the error would
     grow with their number.
     """
-    if PRECISION == "tf32":
-        acc = tl.dot(_round_to_tf32(a), _round_to_tf32(b), acc, input_precision=PRECISION)
-    elif a.dtype == tl.float32:
+    if a.dtype == tl.float32 and PRECISION == "ieee":
         # Any bound but zero keeps the two sums apart; the product itself takes no notice of it.
         acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    elif a.dtype == tl.float32:
+        acc = tl.dot(_round_to_tf32(a), _round_to_tf32(b), acc, input_precision=PRECISION)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
