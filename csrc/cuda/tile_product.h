@@ -111,6 +111,9 @@ class Product {
   PK_DEVICE static int first_column() { return device::warp() % S::kWarpColumns * kTilesN * 8; }
 
  public:
+  // Rows of a thread, and how many neighbouring lanes share them where kWarpColumns is one.
+  static constexpr int kSlots = 2 * kTilesM, kRowLanes = 4;
+
   PK_DEVICE void clear() {
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n)
@@ -148,15 +151,30 @@ class Product {
     }
   }
 
-  // f(row, column, float&) for each accumulator of this thread, places within the tile.
+  // f(slot, column, float&) for each accumulator of this thread: slot says which of its rows, the
+  // column is within the tile.
   template <typename F>
-  PK_DEVICE void visit(F f) {
-    const int g = device::lane() / 4, t = device::lane() % 4;
+  PK_DEVICE void visit_slots(F f) {
+    visit_with(*this, [&](int slot, int column, float& sum, float&) { f(slot, column, sum); });
+  }
+  // f(slot, column, float&, float&) of this and another product's.
+  template <typename F>
+  PK_DEVICE void visit_with(Product& other, F f) {
+    const int t = device::lane() % 4;
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n)
         PK_UNROLL for (int i = 0; i < 4; ++i)
-          f(first_row() + m * 16 + g + i / 2 * 8, first_column() + n * 8 + 2 * t + i % 2,
-            sum_[m][n][i]);
+          f(m * 2 + i / 2, first_column() + n * 8 + 2 * t + i % 2, sum_[m][n][i],
+            other.sum_[m][n][i]);
+  }
+  PK_DEVICE static int row_of(int slot) {
+    return first_row() + slot / 2 * 16 + device::lane() / 4 + slot % 2 * 8;
+  }
+
+  // f(row, column, float&) likewise, the row within the tile.
+  template <typename F>
+  PK_DEVICE void visit(F f) {
+    visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
   // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0).
@@ -181,27 +199,30 @@ class Product {
   }
 };
 
-// float: a thread has eight rows and four columns, each kThreadRows or kThreadColumns apart.
+// float: a thread has eight rows and some columns, each kThreadRows or kThreadColumns apart.
 template <typename S, bool kRowsAlong, bool kColumnsAlong>
 class Product<float, S, kRowsAlong, kColumnsAlong> {
-  static constexpr int kThreadColumns = S::kColumns / 4, kThreadRows = S::kRows / 8;
+  static constexpr int kN = S::kRows * S::kColumns / S::kThreads / 8;
+  static constexpr int kThreadColumns = S::kColumns / kN, kThreadRows = S::kRows / 8;
   static_assert(kThreadRows * kThreadColumns == S::kThreads && kThreadColumns % 4 == 0);
 
-  float sum_[8][4];
+  float sum_[8][kN];
 
   PK_DEVICE static int first_row() { return device::thread_x() / kThreadColumns; }
   PK_DEVICE static int first_column() { return device::thread_x() % kThreadColumns; }
 
  public:
+  static constexpr int kSlots = 8, kRowLanes = kThreadColumns;
+
   PK_DEVICE void clear() {
     PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] = 0.0f;
+      PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] = 0.0f;
   }
 
   PK_DEVICE void multiply(const float* rows, const float* columns) {
     PK_UNROLL for (int k = 0; k < S::kDepth; ++k) {
-      float b[4];
-      PK_UNROLL for (int n = 0; n < 4; ++n) {
+      float b[kN];
+      PK_UNROLL for (int n = 0; n < kN; ++n) {
         const int column = first_column() + n * kThreadColumns;
         b[n] = columns[kColumnsAlong ? column * padded<float>(S::kDepth) + k
                                      : k * padded<float>(S::kColumns) + column];
@@ -210,20 +231,31 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
         const int row = first_row() + m * kThreadRows;
         const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
                                         : k * padded<float>(S::kRows) + row];
-        PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] += a * b[n];
+        PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] += a * b[n];
       }
     }
   }
 
   template <typename F>
-  PK_DEVICE void visit(F f) {
+  PK_DEVICE void visit_slots(F f) {
+    visit_with(*this, [&](int slot, int column, float& sum, float&) { f(slot, column, sum); });
+  }
+  template <typename F>
+  PK_DEVICE void visit_with(Product& other, F f) {
     PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < 4; ++n)
-        f(first_row() + m * kThreadRows, first_column() + n * kThreadColumns, sum_[m][n]);
+      PK_UNROLL for (int n = 0; n < kN; ++n)
+        f(m, first_column() + n * kThreadColumns, sum_[m][n], other.sum_[m][n]);
+  }
+  PK_DEVICE static int row_of(int slot) { return first_row() + slot * kThreadRows; }
+
+  template <typename F>
+  PK_DEVICE void visit(F f) {
+    visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
   PK_DEVICE void drop(int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+    static_assert(kN == 4);
     const int within = device::lane() % 4;
     // Four lanes share the four columns that one call draws: each draws one of their four groups.
     PK_UNROLL for (int m = 0; m < 8; ++m) {
