@@ -20,6 +20,9 @@ constexpr int kKeyShared = device::carved_bytes(2 * kWide<T> * sizeof(int64_t)) 
                            device::carved_bytes(2 * kHeldElements<T> * sizeof(T)) +
                            device::carved_bytes(2 * kPanelStage<T> * sizeof(T));
 
+// A block's columns: of more than 64 the two gradients would not fit the registers.
+constexpr int kColumns = 64;
+
 // What the kernel makes: of the sequence in T, of the prefix in any type, or as float parts.
 struct KeyGradients {
   void *d_key, *d_value;
@@ -36,7 +39,7 @@ PK_DEVICE bool may_see(const PrefixCall& call, int row0, int rows, int n0) {
   return seen_keys(call, first).first < n0 + kHeld && seen_keys(call, last).last > n0;
 }
 
-template <typename T, int kColumns>
+template <typename T>
 PK_DEVICE void store_gradient(
     Values<T, kColumns>& values, T* shared, void* out, Type type, float* parts, bool whole,
     int64_t row0, int64_t d, int count, int column0, float factor) {
@@ -55,7 +58,7 @@ PK_DEVICE void store_gradient(
     });
 }
 
-template <typename T, int kColumns>
+template <typename T>
 PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_key_gradient_kernel(
     PrefixCall call, PrefixGradients gradients, KeyGradients out) {
   constexpr int W = kWide<T>;
@@ -133,7 +136,7 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_key_gradient_kernel(
     add_scores(p, stages, keys, queries);
     p.visit([&](int key, int row, float& score) {
       const bool seen = range.sees(n0 + key, bounds[row], bounds[W + row]);
-      score = seen ? exponential<T>(score * score_scale - lse[row]) * factor[row] : 0.0f;
+      score = seen ? exponential<T>(device::multiply_add(score, score_scale, -lse[row])) * factor[row] : 0.0f;
     });
     if (out.d_value) {
       p.visit([&](int key, int row, float& one) {
@@ -181,7 +184,7 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_parts_kernel(
   store_as(out, type, i, total);
 }
 
-template <typename T, int kColumns>
+template <typename T>
 int launch_key_gradient(
     const PrefixCall& call, const PrefixGradients& gradients, bool of_prefix,
     device::Stream stream) {
@@ -195,7 +198,7 @@ int launch_key_gradient(
         gradients.d_prefix_key, gradients.d_prefix_value, gradients.d_prefix_key_type,
         gradients.d_prefix_value_type, gradients.parts, gradients.parts + splits * size, true};
   int status = device::launch(
-      "prefix_key_gradient_kernel", prefix_key_gradient_kernel<T, kColumns>,
+      "prefix_key_gradient_kernel", prefix_key_gradient_kernel<T>,
       {owners * call.kv_heads * ((keys + kHeld - 1) / kHeld),
        (call.head_size + kColumns - 1) / kColumns, splits},
       kPrefixThreads, kKeyShared<T>, stream, call, gradients, out);
@@ -209,15 +212,6 @@ int launch_key_gradient(
   add(out.key_parts, out.d_key, out.key_type);
   add(out.value_parts, out.d_value, out.value_type);
   return status;
-}
-
-template <typename T>
-int launch_key_gradient(
-    const PrefixCall& call, const PrefixGradients& gradients, bool of_prefix,
-    device::Stream stream) {
-  return call.head_size <= 64
-             ? launch_key_gradient<T, 64>(call, gradients, of_prefix, stream)
-             : launch_key_gradient<T, 128>(call, gradients, of_prefix, stream);
 }
 
 }  // namespace

@@ -17,8 +17,9 @@ namespace {
 template <typename T>
 constexpr int kQueryShared = device::carved_bytes(2 * kHeld * sizeof(int64_t)) +
                              device::carved_bytes(2 * kHeld * sizeof(int)) +
-                             device::carved_bytes(kHeld * sizeof(float)) +
+                             device::carved_bytes(8 * kHeld * sizeof(float)) +
                              device::carved_bytes(kHeld * kWide<T> / 4) +
+                             device::carved_bytes(kWide<T>) +
                              device::carved_bytes(kHeldElements<T> * sizeof(T)) +
                              device::carved_bytes(2 * kPanelStage<T> * sizeof(T));
 
@@ -30,8 +31,9 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_query_gradient_kernel(
   char* cursor = device::shared_memory();
   int64_t* offsets = device::carve<int64_t>(cursor, 2 * kHeld);
   int* bounds = device::carve<int>(cursor, 2 * kHeld);
-  float* sums = device::carve<float>(cursor, kHeld);
+  float* numbers = device::carve<float>(cursor, 8 * kHeld);
   uint8_t* keep = device::carve<uint8_t>(cursor, kHeld * W / 4);
+  uint8_t* there = device::carve<uint8_t>(cursor, W);
   T* ds = device::carve<T>(cursor, kHeldElements<T>);
   T* stages = device::carve<T>(cursor, 2 * kPanelStage<T>);
 
@@ -63,9 +65,23 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_query_gradient_kernel(
       static_cast<const T*>(call.query.data), offsets, 0, count, d, call.query.aligned};
   const PanelLines<T> d_outs{d_out_data, offsets + kHeld, 0, count, d, gradients.d_out.aligned};
 
-  // Of the softmax over the sequence, or over both, and of the gated prefix.
-  float lse[kSlots], delta[kSlots], factor[kSlots], d_lse[kSlots];
-  float prefix_lse[kSlots], prefix_delta[kSlots], prefix_factor[kSlots];
+  // Of each row lse, delta, what makes Σ p one, and dlse: of the softmax over the sequence, or over
+  // both, and then of the gated prefix.
+  constexpr int kDelta = kHeld, kFactor = 2 * kHeld, kDLse = 3 * kHeld, kOfPrefix = 4 * kHeld;
+  if (device::thread_x() < kHeld) {
+    const int row = device::thread_x();
+    const bool exists = row < count;
+    numbers[row] = exists ? lse_of<T>(call.lse[first_row + row]) : INFINITY;
+    numbers[kDLse + row] = exists && gradients.d_lse ? gradients.d_lse[first_row + row] : 0.0f;
+    numbers[kOfPrefix + row] =
+        exists && call.gate ? lse_of<T>(call.prefix_lse[first_row + row]) : INFINITY;
+    numbers[kOfPrefix + kDLse + row] = 0.0f;
+    for (int of_what = 0; of_what <= kOfPrefix; of_what += kOfPrefix) {
+      numbers[of_what + kDelta + row] = 0.0f;
+      numbers[of_what + kFactor + row] = 1.0f;
+    }
+  }
+  device::sync_threads();
   if constexpr (!kExact) {
     const T* out = static_cast<const T*>(call.out) + first_row * d;
     PK_NO_UNROLL for (int row = device::warp(); row < count; row += kPrefixThreads / 32) {
@@ -74,79 +90,64 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_query_gradient_kernel(
         sum += to_float(d_out_data[offsets[kHeld + row] + i]) *
                to_float(out[static_cast<int64_t>(row) * d + i]);
       for (int mask = 16; mask > 0; mask /= 2) sum += device::shuffle_xor(sum, mask);
-      if (device::lane() == 0) sums[row] = sum;
+      if (device::lane() == 0) numbers[kDelta + row] = sum;
     }
-    device::sync_threads();
-  }
-  PK_UNROLL for (int i = 0; i < kSlots; ++i) {
-    const int row = ScorePanel<T>::row_of(i);
-    const bool exists = row < count;
-    lse[i] = exists ? lse_of<T>(call.lse[first_row + row]) : INFINITY;
-    prefix_lse[i] =
-        !call.gate ? lse[i] : exists ? lse_of<T>(call.prefix_lse[first_row + row]) : INFINITY;
-    d_lse[i] = exists && gradients.d_lse ? gradients.d_lse[first_row + row] : 0.0f;
-    delta[i] = kExact || !exists ? 0.0f : sums[row];
-    prefix_delta[i] = factor[i] = prefix_factor[i] = 0.0f;
   }
 
   const float score_scale = call.scale * base_factor<T>();
   Values<T, kColumns> dq;
   dq.clear();
+  float sum[kSlots], total[kSlots];
+  PK_UNROLL for (int i = 0; i < kSlots; ++i) sum[i] = total[i] = 0.0f;
   // First the sums, then the gradient; each over the prefix, then over the sequence.
   PK_NO_UNROLL for (int step = 0; step < 4; ++step) {
-    const bool sums_only = step < 2, of_prefix = step % 2 == 0;
-    if (sums_only && !kExact && !(call.gate && of_prefix)) continue;
+    const bool sums_only = step < 2, of_prefix = step % 2 == 0, apart = of_prefix && call.gate;
+    if (sums_only && !kExact && !apart) continue;
     if (step == 2) {
-      const auto add = [](float a, float b) { return a + b; };
-      if (kExact) over_row<T>(delta, add);
-      over_row<T>(prefix_delta, add);
-      over_row<T>(factor, add);
-      over_row<T>(prefix_factor, add);
-      PK_UNROLL for (int i = 0; i < kSlots; ++i) {
-        const int row = ScorePanel<T>::row_of(i), known = row < count ? row : 0;
-        factor[i] = kExact && factor[i] > 0.0f ? 1.0f / factor[i] : 1.0f;
-        prefix_factor[i] = kExact && prefix_factor[i] > 0.0f ? 1.0f / prefix_factor[i] : 1.0f;
-        const int64_t at = first_row + known;
-        const bool stores =
-            row < count && device::block_y() == 0 && device::lane() % ScorePanel<T>::kRowLanes == 0;
-        if (kExact) delta[i] *= factor[i];
-        if (call.gate) {
-          prefix_delta[i] *= prefix_factor[i];
-          if (stores) {
-            gradients.prefix_delta[at] = prefix_delta[i];
-            gradients.prefix_correction[at] = prefix_factor[i];
-          }
-          const int head = (row0 + known) / static_cast<int>(call.queries);
-          const float strength = tanhf(call.gate[of.head * of.group + head]);
-          if (!kExact) delta[i] -= strength * prefix_delta[i];
-          prefix_factor[i] *= strength;
-        } else {
-          prefix_delta[i] = delta[i];
-          prefix_factor[i] = factor[i];
+      device::sync_threads();
+      if (device::thread_x() < count) {
+        float* own = numbers + device::thread_x();
+        const int64_t at = first_row + device::thread_x();
+        if (device::block_y() == 0 && call.gate) {
+          gradients.prefix_delta[at] = own[kOfPrefix + kDelta];
+          gradients.prefix_correction[at] = own[kOfPrefix + kFactor];
         }
-        if (stores) {
-          gradients.delta[at] = delta[i];
-          gradients.correction[at] = factor[i];
+        if (call.gate) {
+          const int head = (row0 + device::thread_x()) / static_cast<int>(call.queries);
+          const float strength = tanhf(call.gate[of.head * of.group + head]);
+          if (!kExact) own[kDelta] -= strength * own[kOfPrefix + kDelta];
+          own[kOfPrefix + kFactor] *= strength;
+        }
+        if (device::block_y() == 0) {
+          gradients.delta[at] = own[kDelta];
+          gradients.correction[at] = own[kFactor];
         }
       }
+      device::sync_threads();
       if (!gradients.d_query) break;
     }
-    const bool apart = of_prefix && call.gate;
+    float* own = numbers + (apart ? kOfPrefix : 0);
     const KeyRange<T> range = key_range<T>(call, of.batch, of.head, of_prefix);
     const int begin = of_prefix ? 0 : start / W * W, end = of_prefix ? range.count : stop;
     PK_NO_UNROLL for (int n0 = begin; n0 < end; n0 += W) {
       ScorePanel<T> p, dp;
       p.clear();
       add_scores(p, stages, queries, range.keys(n0));
+      // Whether a key is there for any row.
+      if (device::thread_x() < W)
+        there[device::thread_x()] = range.has(n0 + device::thread_x());
       if (call.dropout.seed)
         draw_keep<kHeld, W>(keep, call, first_row, count, range.first_group + n0 / 4);
       dp.clear();
       add_scores(dp, stages, d_outs, range.values(n0));
+      float at_row[kSlots];
+      PK_UNROLL for (int i = 0; i < kSlots; ++i) at_row[i] = own[ScorePanel<T>::row_of(i)];
       p.visit_slots([&](int slot, int column, float& score) {
         const int row = ScorePanel<T>::row_of(slot);
-        const bool seen = range.sees(n0 + column, bounds[row], bounds[kHeld + row]);
-        const float normaliser = of_prefix ? prefix_lse[slot] : lse[slot];
-        score = seen ? exponential<T>(score * score_scale - normaliser) : 0.0f;
+        const int n = n0 + column;
+        const bool seen = there[column] && (!range.bounded ||
+                                            (n >= bounds[row] && n < bounds[kHeld + row]));
+        score = seen ? exponential<T>(device::multiply_add(score, score_scale, -at_row[slot])) : 0.0f;
       });
       if (call.dropout.seed)
         dp.visit_slots([&](int slot, int column, float& sum) {
@@ -155,23 +156,34 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_query_gradient_kernel(
         });
       if (sums_only) {
         p.visit_with(dp, [&](int slot, int, float& one, float& other) {
-          if (apart) {
-            prefix_delta[slot] += one * other;
-            prefix_factor[slot] += one;
-          } else {
-            delta[slot] += one * other;
-            factor[slot] += one;
-          }
+          sum[slot] += one * other;
+          total[slot] += one;
         });
         continue;
       }
+      PK_UNROLL for (int i = 0; i < kSlots; ++i) {
+        const float* numbers_of = own + ScorePanel<T>::row_of(i);
+        at_row[i] = numbers_of[kFactor];
+        sum[i] = numbers_of[kDelta];
+        total[i] = numbers_of[kDLse];
+      }
       p.visit_with(dp, [&](int slot, int column, float& one, float& other) {
-        const float change = apart ? other - prefix_delta[slot]
-                                   : other - delta[slot] + d_lse[slot];
-        const float value = change * one * (of_prefix ? prefix_factor[slot] : factor[slot]);
+        const float value = (other - sum[slot] + total[slot]) * one * at_row[slot];
         ds[ScorePanel<T>::row_of(slot) * padded<T>(W) + column] = from_float<T>(value);
       });
       add_values(dq, stages, ds, range.keys(n0), column0);
+    }
+    if (!sums_only || !(apart || step == 1)) continue;
+    // Without a gate the sums go on over both.
+    over_row<T>(sum, [](float a, float b) { return a + b; });
+    over_row<T>(total, [](float a, float b) { return a + b; });
+    PK_UNROLL for (int i = 0; i < kSlots; ++i) {
+      const float correction = kExact && total[i] > 0.0f ? 1.0f / total[i] : 1.0f;
+      if (device::lane() % ScorePanel<T>::kRowLanes == 0) {
+        own[kDelta + ScorePanel<T>::row_of(i)] = sum[i] * correction;
+        own[kFactor + ScorePanel<T>::row_of(i)] = correction;
+      }
+      sum[i] = total[i] = 0.0f;
     }
   }
   if (gradients.d_query)

@@ -80,8 +80,10 @@ struct KeyRange {
   PK_DEVICE PanelLines<T> values(int n) const {
     return {value + n * value_stride, nullptr, value_stride, count - n, length, value_aligned};
   }
+  // Whether key n is there for any row, and for a row of an interval.
+  PK_DEVICE bool has(int n) const { return n < count && (!mask || mask[n]); }
   PK_DEVICE bool sees(int n, int first, int last) const {
-    return n < count && (!bounded || (n >= first && n < last)) && (!mask || mask[n]);
+    return has(n) && (!bounded || (n >= first && n < last));
   }
 };
 

@@ -105,6 +105,9 @@ class Product {
   static constexpr int kTilesN = S::kColumns / S::kWarpColumns / 8;
   static_assert(kTilesM > 0 && kTilesN > 0 && kTilesN % 2 == 0 && S::kDepth % 16 == 0);
 
+  static constexpr int kDepthAtOnce = S::kDepth <= 32 ? S::kDepth : 16;
+  static_assert(S::kDepth % kDepthAtOnce == 0);
+
   float sum_[kTilesM][kTilesN][4];
 
   PK_DEVICE static int first_row() { return device::warp() / S::kWarpColumns * kTilesM * 16; }
@@ -123,32 +126,35 @@ class Product {
   PK_DEVICE void multiply(const T* rows, const T* columns) {
     // Lane 8 q + r gives row r of the q-th matrix.
     const int r = device::lane() % 8, q = device::lane() / 8;
-    PK_UNROLL for (int k = 0; k < S::kDepth; k += 16) {
-      uint32_t b[kTilesN][2];
-      PK_UNROLL for (int n = 0; n < kTilesN; n += 2) {
-        const int column = first_column() + n * 8;
-        uint32_t four[4];
-        if constexpr (kColumnsAlong)
-          device::ldmatrix_x4(
-              four, columns + (column + q / 2 * 8 + r) * padded<T>(S::kDepth) + k + q % 2 * 8);
-        else
-          device::ldmatrix_x4_transposed(
-              four, columns + (k + q % 2 * 8 + r) * padded<T>(S::kColumns) + column + q / 2 * 8);
-        b[n][0] = four[0], b[n][1] = four[1];
-        b[n + 1][0] = four[2], b[n + 1][1] = four[3];
+    // Of a deep tile not all is unrolled: loads far ahead would take registers from the sums.
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce)
+      PK_UNROLL for (int k = k0; k < k0 + kDepthAtOnce; k += 16) {
+        uint32_t a[kTilesM][4];
+        PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
+          const int row = first_row() + m * 16;
+          if constexpr (kRowsAlong)
+            device::ldmatrix_x4(
+                a[m], rows + (row + q % 2 * 8 + r) * padded<T>(S::kDepth) + k + q / 2 * 8);
+          else
+            device::ldmatrix_x4_transposed(
+                a[m], rows + (k + q / 2 * 8 + r) * padded<T>(S::kRows) + row + q % 2 * 8);
+        }
+        PK_UNROLL for (int n = 0; n < kTilesN; n += 2) {
+          const int column = first_column() + n * 8;
+          uint32_t four[4];
+          if constexpr (kColumnsAlong)
+            device::ldmatrix_x4(
+                four, columns + (column + q / 2 * 8 + r) * padded<T>(S::kDepth) + k + q % 2 * 8);
+          else
+            device::ldmatrix_x4_transposed(
+                four, columns + (k + q % 2 * 8 + r) * padded<T>(S::kColumns) + column + q / 2 * 8);
+          const uint32_t left[2] = {four[0], four[1]}, right[2] = {four[2], four[3]};
+          PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
+            device::mma_16x8x16<T>(sum_[m][n], a[m], left);
+            device::mma_16x8x16<T>(sum_[m][n + 1], a[m], right);
+          }
+        }
       }
-      PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
-        const int row = first_row() + m * 16;
-        uint32_t a[4];
-        if constexpr (kRowsAlong)
-          device::ldmatrix_x4(
-              a, rows + (row + q % 2 * 8 + r) * padded<T>(S::kDepth) + k + q / 2 * 8);
-        else
-          device::ldmatrix_x4_transposed(
-              a, rows + (k + q / 2 * 8 + r) * padded<T>(S::kRows) + row + q % 2 * 8);
-        PK_UNROLL for (int n = 0; n < kTilesN; ++n) device::mma_16x8x16<T>(sum_[m][n], a, b[n]);
-      }
-    }
   }
 
   // f(slot, column, float&) for each accumulator of this thread: slot says which of its rows, the
@@ -206,6 +212,9 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
   static constexpr int kThreadColumns = S::kColumns / kN, kThreadRows = S::kRows / 8;
   static_assert(kThreadRows * kThreadColumns == S::kThreads && kThreadColumns % 4 == 0);
 
+  static constexpr int kDepthAtOnce = S::kDepth <= 16 ? S::kDepth : 8;
+  static_assert(S::kDepth % kDepthAtOnce == 0);
+
   float sum_[8][kN];
 
   PK_DEVICE static int first_row() { return device::thread_x() / kThreadColumns; }
@@ -220,19 +229,30 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
   }
 
   PK_DEVICE void multiply(const float* rows, const float* columns) {
-    PK_UNROLL for (int k = 0; k < S::kDepth; ++k) {
-      float b[kN];
-      PK_UNROLL for (int n = 0; n < kN; ++n) {
-        const int column = first_column() + n * kThreadColumns;
-        b[n] = columns[kColumnsAlong ? column * padded<float>(S::kDepth) + k
-                                     : k * padded<float>(S::kColumns) + column];
+    // Of a deep tile each piece is summed for itself: shorter sums round less.
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce) {
+      float part[8][kN];
+      PK_UNROLL for (int m = 0; m < 8; ++m)
+        PK_UNROLL for (int n = 0; n < kN; ++n)
+          part[m][n] = kDepthAtOnce < S::kDepth ? 0.0f : sum_[m][n];
+      PK_UNROLL for (int k = k0; k < k0 + kDepthAtOnce; ++k) {
+        float b[kN];
+        PK_UNROLL for (int n = 0; n < kN; ++n) {
+          const int column = first_column() + n * kThreadColumns;
+          b[n] = columns[kColumnsAlong ? column * padded<float>(S::kDepth) + k
+                                       : k * padded<float>(S::kColumns) + column];
+        }
+        PK_UNROLL for (int m = 0; m < 8; ++m) {
+          const int row = first_row() + m * kThreadRows;
+          const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
+                                          : k * padded<float>(S::kRows) + row];
+          PK_UNROLL for (int n = 0; n < kN; ++n)
+            part[m][n] = device::multiply_add(a, b[n], part[m][n]);
+        }
       }
-      PK_UNROLL for (int m = 0; m < 8; ++m) {
-        const int row = first_row() + m * kThreadRows;
-        const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
-                                        : k * padded<float>(S::kRows) + row];
-        PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] += a * b[n];
-      }
+      PK_UNROLL for (int m = 0; m < 8; ++m)
+        PK_UNROLL for (int n = 0; n < kN; ++n)
+          sum_[m][n] = kDepthAtOnce < S::kDepth ? sum_[m][n] + part[m][n] : part[m][n];
     }
   }
 
