@@ -76,7 +76,7 @@ def backward(
     """Write the gradients that are not None; see ``reference.backward``.
 
     Raises:
-        ValueError: ``partial``, where lse and out are over more keys than the call's, is not served.
+        ValueError: ``partial``: lse and out over more keys than the call's are not served.
     """
     if partial:
         raise ValueError("partial=True is not served by the CUDA backend: leave it False")
