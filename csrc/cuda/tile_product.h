@@ -229,7 +229,8 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
   }
 
   PK_DEVICE void multiply(const float* rows, const float* columns) {
-    // Of a deep tile each piece is summed for itself: shorter sums round less.
+    // Of a deep tile each piece is summed for itself, each product rounded with its sum: attention
+    // is held to more than the other products are.
     PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce) {
       float part[8][kN];
       PK_UNROLL for (int m = 0; m < 8; ++m)
@@ -247,7 +248,8 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
           const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
                                           : k * padded<float>(S::kRows) + row];
           PK_UNROLL for (int n = 0; n < kN; ++n)
-            part[m][n] = device::multiply_add(a, b[n], part[m][n]);
+            part[m][n] = kDepthAtOnce < S::kDepth ? device::multiply_add(a, b[n], part[m][n])
+                                                  : part[m][n] + a * b[n];
         }
       }
       PK_UNROLL for (int m = 0; m < 8; ++m)

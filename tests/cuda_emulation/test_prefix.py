@@ -49,6 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "random padding and window": {"queries": 20, "keys": 20, "padding": "random", "window": 9},
     "a row without keys": {"queries": 20, "keys": 20, "padding": "all"},
     "nothing seen": {"queries": 18, "keys": 20, "padding": "all", "prefix": 0, "causal": True},
+    "one key in the last tile": ONE | {"queries": 64, "keys": 65, "causal": True},
+    "one key in the first tile": ONE | {"queries": 66, "keys": 66, "window": 2, "causal": True},
     "packed": ONE | {"lengths": (7, 1, 90, 40), "causal": True},
     "packed, both ways": ONE | {"lengths": (70, 3, 67), "prefix": 0},
     "packed, window": ONE | {"lengths": (20, 30), "window": 5, "padding": "random"},
