@@ -100,10 +100,15 @@ def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
         return ""
     columns = [f"{each}, {way}" for way in DIRECTIONS for each in method.columns.values()]
     said = (
-        f"{method.name.capitalize()}: least time of {base} over that of each, "
+        f"{_sentence(method.name)}: least time of {base} over that of each, "
         "so that above 1 is faster than eager."
     )
     return f"{said}\n\n{_table([method.title, *columns], len(columns), body)}"
+
+
+def _sentence(name: str) -> str:
+    """Return a name as the beginning of a sentence, its sizes as they are."""
+    return name[:1].upper() + name[1:]
 
 
 def _cell(row: dict[str, Any] | None, ratio: str, *, faster: bool = False) -> str:
@@ -131,7 +136,7 @@ def _words(method: Method, rows: list[dict[str, Any]]) -> str:
                 if other["case"] == case and other["provider"] == "eager"
             )
             lines.append(
-                f"- {case['name'].capitalize()} for backward beyond x: "
+                f"- {_sentence(case['name'])} for backward beyond x: "
                 f"{_saved(method, case, row['saved_bytes'])}; "
                 f"eager: {_saved(method, case, eager)}."
             )

@@ -226,6 +226,7 @@ def built_extension(setup_version: str, base: type[Any]) -> type[Any]:
             except CannotBuild as error:
                 if not extension.optional:
                     raise SystemExit(f"peft_kernels: {error}") from error
+                path.unlink(missing_ok=True)  # of an earlier build
                 print(f"peft_kernels: going on without CUDA kernels: {error}", file=sys.stderr)
 
     return BuildWithCuda

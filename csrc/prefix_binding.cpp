@@ -21,7 +21,7 @@ pk::PrefixCall call(
     const pk::Heads& value, const pk::Heads& prefix_key, const pk::Heads& prefix_value, bool shared,
     uintptr_t key_mask, uintptr_t segments, int64_t segment_count, uintptr_t gate, uintptr_t seed,
     uint32_t threshold, float keep_scale, bool causal, int64_t window, float scale, uintptr_t lse,
-    uintptr_t prefix_lse, uintptr_t out) {
+    uintptr_t prefix_lse, uintptr_t out, bool partial) {
   return {
       .type = type(bfloat16),
       .batch = batch,
@@ -49,6 +49,7 @@ pk::PrefixCall call(
       .lse = static_cast<float*>(pointer(lse)),
       .prefix_lse = static_cast<float*>(pointer(prefix_lse)),
       .out = pointer(out),
+      .partial = partial,
   };
 }
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
+    from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
     from peft_kernels.prefix.layer import PrefixAttention
     from peft_kernels.prefix.op import prefix_attention
     from peft_kernels.prompt.layer import PromptEmbedding
@@ -39,6 +40,8 @@ _HOMES = {
     "adapter": "peft_kernels.adapter.op",
     "adapter_grouped": "peft_kernels.adapter.grouped",
     "add_adapters": "peft_kernels.models.placement",
+    "attach_prefixes": "peft_kernels.models.transformers_bridge",
+    "detach_prefixes": "peft_kernels.models.transformers_bridge",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
     "prefix_attention": "peft_kernels.prefix.op",
@@ -59,6 +62,8 @@ __all__ = [
     "adapter",
     "adapter_grouped",
     "add_adapters",
+    "attach_prefixes",
+    "detach_prefixes",
     "explain",
     "lora_linear",
     "prefix_attention",

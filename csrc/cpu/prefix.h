@@ -43,6 +43,7 @@ struct PrefixCall {
   float* lse;                // [batch, heads, queries]
   float* prefix_lse;         // the same, gated only
   void* out;                 // [batch, heads, queries, head size]
+  bool partial;              // backward: lse and out are over more keys than the call's
 };
 
 struct PrefixGradients {

@@ -29,7 +29,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 BackwardPlan::BackwardPlan(const PrefixCall& call, const PrefixGradients& to)
     : ranges(ranges_of(call)),
-      weighs(call.gate || most_seen(call) <= kFewKeys),
+      weighs(!call.partial && (call.gate || most_seen(call) <= kFewKeys)),
       padded_prefix(round_up(call.prefix, kLanes)),
       padded_head(round_up(call.head_size, kLanes)) {
   const RowBlocks blocks(call);

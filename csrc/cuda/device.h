@@ -1,13 +1,13 @@
 // What a kernel may use of the GPU. The only file that knows nvcc from the emulation on a CPU.
 //
-// Kernels are plain function templates marked PK_KERNEL, take their arguments by value and reach the
-// GPU through the functions below; everything else in them is C++. nvcc compiles these functions to
-// the instructions named. With PEFT_KERNELS_EMULATED the same sources are host C++, each thread of a
-// block a fiber: tests/cuda_emulation/emulated_device.h has the same names.
+// Kernels are plain function templates marked PK_KERNEL, take their arguments by value and reach
+// the GPU through the functions below; everything else in them is C++. nvcc compiles these
+// functions to the instructions named. With PEFT_KERNELS_EMULATED the same sources are host C++,
+// each thread of a block a fiber: tests/cuda_emulation/emulated_device.h has the same names.
 //
 // Rules that keep both the same program: shared memory is dynamic and carved by `carve`; warp
-// functions are called by full warps; kernels are launched by `launch` and no other way; a loop that
-// waits for another block calls `spin`.
+// functions are called by full warps; kernels are launched by `launch` and no other way; a loop
+// that waits for another block calls `spin`.
 #pragma once
 
 #include <cstddef>
@@ -174,8 +174,8 @@ PK_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 // Launch a kernel: 0, or the CUDA error, and then last_error() says which kernel and why.
 template <typename... P, typename... A>
 int launch(
-    const char* name, void (*kernel)(P...), Grid grid, int block, size_t shared_bytes, Stream stream,
-    A... args) {
+    const char* name, void (*kernel)(P...), Grid grid, int block, size_t shared_bytes,
+    Stream stream, A... args) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(
@@ -183,7 +183,8 @@ int launch(
         static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
     const dim3 blocks(
-        static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+        static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+        static_cast<unsigned>(grid.z));
     kernel<<<blocks, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
         static_cast<P>(args)...);
   }

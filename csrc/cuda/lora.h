@@ -6,7 +6,8 @@
 
 namespace pk {
 
-// A matrix [rows, columns]; `along` where its unit stride is along the columns, else along the rows.
+// A matrix [rows, columns]; `along` where its unit stride is along the columns, else along the
+// rows.
 struct Strided {
   const void* data;
   int64_t stride;  // the other one, in elements

@@ -2,13 +2,13 @@
 //
 //     y = x w^T + bias + keep * (s b^T)      with  s = factor * (keep * x) a^T,  rounded to T
 //
-// Ticket order. Blocks take work items from an atomic counter. The first items *produce* a tile of s,
-// store it and release the flag of its row block; the others are tiles of y, which run the whole depth
-// of x w^T, then acquire their row block's flag and go on with s and b as further depth of the same
-// accumulators. A producer never waits and all of them are handed out before the first tile, so
-// progress needs no particular number of resident blocks. The last block to leave sets the counters
-// back to zero. Where dropout acts on s b^T, that comes first, is masked in the accumulators, and
-// x w^T is added to it.
+// Ticket order. Blocks take work items from an atomic counter. The first items *produce* a tile of
+// s, store it and release the flag of its row block; the others are tiles of y, which run the
+// whole depth of x w^T, then acquire their row block's flag and go on with s and b as further
+// depth of the same accumulators. A producer never waits and all of them are handed out before the
+// first tile, so progress needs no particular number of resident blocks. The last block to leave
+// sets the counters back to zero. Where dropout acts on s b^T, that comes first, is masked in the
+// accumulators, and x w^T is added to it.
 //
 // Read: x and w once per tile (L2), a once per row block, s and b once per tile. Written: y and s.
 #pragma once
@@ -159,11 +159,12 @@ int launch_lora(const LoRAProduct& call, device::Stream stream) {
       shared_bytes, stream, arguments);
 }
 
-// Tiles of 128 x 128 where they fill the GPU, else of 64 x 64.
+// Tiles of 128 x 128 where they fill the GPU, else of 64 x 64 and deeper, with more bytes on the
+// way.
 template <typename T>
 int launch_lora_16_bit(const LoRAProduct& call, device::Stream stream) {
   using Large = Shape<128, 128, 32, 2, 4>;
-  using Small = Shape<64, 64, 32, 2, 2>;
+  using Small = Shape<64, 64, 64, 2, 2>;
   const int64_t tiles = (call.tokens + 127) / 128 * ((call.columns + 127) / 128);
   if (call.y && tiles >= call.multiprocessors)
     return call.along ? launch_lora<TileProduct<T, Large, true, true>>(call, stream)

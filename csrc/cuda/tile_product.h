@@ -2,9 +2,9 @@
 // [kColumns, depth] transposed, in float, over a pipeline of asynchronous copies.
 //
 // Operands have a unit stride in one dimension, kept in shared memory as it lies in global memory:
-// along the depth, or across it. 16-byte pieces that are aligned and whole are copied asynchronously,
-// others by elements, and what lies outside the matrix is zero. 16-bit types multiply on tensor
-// cores; float by multiply-adds, so that its sums are exact to float.
+// along the depth, or across it. 16-byte pieces that are aligned and whole are copied
+// asynchronously, others by elements, and what lies outside the matrix is zero. 16-bit types
+// multiply on tensor cores; float by multiply-adds, so that its sums are exact to float.
 #pragma once
 
 #include "philox.h"
@@ -12,8 +12,8 @@
 
 namespace pk {
 
-// A matrix of `lines`, each of `length` neighbouring elements; line i starts at i * stride, or where
-// `order` is not null, at order[i] * stride.
+// A matrix of `lines`, each of `length` neighbouring elements; line i starts at i * stride, or
+// where `order` is not null, at order[i] * stride.
 template <typename T>
 struct Lines {
   const T* data;
@@ -28,8 +28,8 @@ template <typename T>
 Lines<T> lines_of(
     const void* data, int64_t stride, int64_t lines, int64_t length,
     const int64_t* order = nullptr) {
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
+  const bool aligned = is_aligned(data, 16) && bytes % 16 == 0;
   return {static_cast<const T*>(data), stride, lines, length, order, aligned};
 }
 
@@ -43,7 +43,8 @@ template <int kLines, int kLength, int kThreads, typename T>
 PK_DEVICE void load_lines(T* shared, const Lines<T>& from, int64_t first, int64_t begin) {
   constexpr int kPack = kPackOf16<T>, kPerLine = kLength / kPack;
   constexpr int kPieces = kLines * kPerLine / kThreads;
-  static_assert(kLength % kPack == 0 && kThreads % kPerLine == 0 && kLines * kPerLine % kThreads == 0);
+  static_assert(kLength % kPack == 0 && kThreads % kPerLine == 0);
+  static_assert(kLines * kPerLine % kThreads == 0);
   const int line0 = device::thread_x() / kPerLine, offset = device::thread_x() % kPerLine * kPack;
   T* target = shared + line0 * padded<T>(kLength) + offset;
   if (from.aligned && first + kLines <= from.lines && begin + kLength <= from.length) {
@@ -57,17 +58,20 @@ PK_DEVICE void load_lines(T* shared, const Lines<T>& from, int64_t first, int64_
     return;
   }
   const int64_t left = from.length - begin - offset;
-  PK_NO_UNROLL for (int i = 0; i < kPieces; ++i, target += kThreads / kPerLine * padded<T>(kLength)) {
+  PK_NO_UNROLL for (int i = 0; i < kPieces; ++i) {
     const int64_t line = first + line0 + i * (kThreads / kPerLine);
     const bool inside = line < from.lines && left > 0;
-    const T* source = inside ? from.data + from.line(line) * from.stride + begin + offset : from.data;
+    const T* source = from.data;
+    if (inside) source += from.line(line) * from.stride + begin + offset;
     if (from.aligned && (left >= kPack || !inside)) {
       device::cp_async_16(target, source, inside);
     } else {
       Pack<T, kPack> pack;
-      PK_UNROLL for (int j = 0; j < kPack; ++j) pack[j] = inside && j < left ? source[j] : zero<T>();
+      PK_UNROLL for (int j = 0; j < kPack; ++j)
+        pack[j] = inside && j < left ? source[j] : zero<T>();
       store_pack(target, pack);
     }
+    target += kThreads / kPerLine * padded<T>(kLength);
   }
 }
 
@@ -89,6 +93,10 @@ PK_DEVICE void drop_in_lines(
       if (!(keep >> j & 1)) four[j] = zero<T>();
   }
 }
+
+struct SameRow {
+  PK_DEVICE int64_t operator()(int64_t row) const { return row; }
+};
 
 // kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
 template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_>
@@ -183,14 +191,17 @@ class Product {
     visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
-  // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0).
-  PK_DEVICE void drop(int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout) {
+  // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0);
+  // row_of(i) is the row of the mask that row i of the matrix has.
+  template <typename RowOf = SameRow>
+  PK_DEVICE void drop(
+      int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout, RowOf row_of = {}) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
     const int g = device::lane() / 4, t = device::lane() % 4;
     // Two lanes share the four columns that one call draws: each draws one of their two rows.
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n) {
-        const int64_t row = row0 + first_row() + m * 16 + g + t % 2 * 8;
+        const int64_t row = row_of(row0 + first_row() + m * 16 + g + t % 2 * 8);
         const int64_t column = column0 + first_column() + n * 8 + t / 2 * 4;
         const uint32_t own =
             keep_bits(seed, dropout.threshold, row, (columns + 3) / 4, column / 4);
@@ -228,14 +239,12 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
       PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] = 0.0f;
   }
 
+  // A piece's products are summed before they are added: one chain over all of the depth would round
+  // too often. Of a deep tile the pieces are short, and each product is rounded with its sum:
+  // attention is held to more than the other products are.
   PK_DEVICE void multiply(const float* rows, const float* columns) {
-    // Of a deep tile each piece is summed for itself, each product rounded with its sum: attention
-    // is held to more than the other products are.
     PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce) {
-      float part[8][kN];
-      PK_UNROLL for (int m = 0; m < 8; ++m)
-        PK_UNROLL for (int n = 0; n < kN; ++n)
-          part[m][n] = kDepthAtOnce < S::kDepth ? 0.0f : sum_[m][n];
+      float part[8][kN] = {};
       PK_UNROLL for (int k = k0; k < k0 + kDepthAtOnce; ++k) {
         float b[kN];
         PK_UNROLL for (int n = 0; n < kN; ++n) {
@@ -253,8 +262,7 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
         }
       }
       PK_UNROLL for (int m = 0; m < 8; ++m)
-        PK_UNROLL for (int n = 0; n < kN; ++n)
-          sum_[m][n] = kDepthAtOnce < S::kDepth ? sum_[m][n] + part[m][n] : part[m][n];
+        PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] += part[m][n];
     }
   }
 
@@ -275,13 +283,15 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
     visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
-  PK_DEVICE void drop(int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout) {
+  template <typename RowOf = SameRow>
+  PK_DEVICE void drop(
+      int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout, RowOf row_of = {}) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
     static_assert(kN == 4);
     const int within = device::lane() % 4;
     // Four lanes share the four columns that one call draws: each draws one of their four groups.
     PK_UNROLL for (int m = 0; m < 8; ++m) {
-      const int64_t row = row0 + first_row() + m * kThreadRows;
+      const int64_t row = row_of(row0 + first_row() + m * kThreadRows);
       const int64_t column = column0 + first_column() - within + within * kThreadColumns;
       const uint32_t own = keep_bits(seed, dropout.threshold, row, (columns + 3) / 4, column / 4);
       PK_UNROLL for (int n = 0; n < 4; ++n) {
@@ -319,9 +329,10 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
         kColumnsAlong ? depth : column0);
   }
 
-  // Add rows [row0, + kRows) times columns [column0, + kColumns) over the depth [begin, end) to the
-  // accumulators. arrived(rows tile, columns tile, depth) runs before each block of the depth is
-  // multiplied, and may change the tile if it ends with a barrier. Shared memory is free afterwards.
+  // Add rows [row0, + kRows) times columns [column0, + kColumns) over the depth [begin, end) to
+  // the accumulators. arrived(rows tile, columns tile, depth) runs before each block of the depth
+  // is multiplied, and may change the tile if it ends with a barrier. Shared memory is free
+  // afterwards.
   template <typename Arrived>
   PK_DEVICE void run(
       T* shared, const Lines<T>& rows, int64_t row0, const Lines<T>& columns, int64_t column0,
@@ -353,10 +364,19 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
   // and contiguous, by way of shared memory so that neighbours are written together.
   template <typename Value>
   PK_DEVICE void store(
-      T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0, Value value) {
+      T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0,
+      Value value) {
     this->visit([&](int row, int column, float& sum) {
       shared[row * padded<T>(kColumns) + column] = from_float<T>(value(column0 + column, sum));
     });
+    write(shared, out, rows, columns, row0, column0);
+  }
+
+  // Write a tile that the block has put into shared memory, in padded lines, as such rows and columns
+  // of out; where `order` is not null, row i is row order[i] of out.
+  PK_DEVICE static void write(
+      const T* shared, T* out, int64_t rows, int64_t columns, int64_t row0, int64_t column0,
+      const int64_t* order = nullptr) {
     device::sync_threads();
     constexpr int kPack = kPackOf16<T>, kPerLine = kColumns / kPack;
     const bool aligned = is_aligned(out, 16) && columns % kPack == 0;
@@ -365,7 +385,7 @@ struct TileProduct : Product<T, S, kRowsAlong, kColumnsAlong> {
       if (row >= rows || column >= columns) continue;
       const auto pack =
           load_pack<T, kPack>(shared + i / kPerLine * padded<T>(kColumns) + i % kPerLine * kPack);
-      T* target = out + row * columns + column;
+      T* target = out + (order ? order[row] : row) * columns + column;
       if (aligned) {
         store_pack(target, pack);
       } else {

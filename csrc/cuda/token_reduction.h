@@ -4,8 +4,8 @@
 //     g1 = v1^T l1  [C1, R]      colsum = sum_m v1  [C1]
 //
 // peft_kernels/core/token_reduction.py says the same for Triton: one of v0 and v1 may be under
-// dropout; g1 and colsum may be scaled, and give the gradient of that scale; rows may come in groups
-// with sums of their own.
+// dropout; g1 and colsum may be scaled, and give the gradient of that scale; rows may come in
+// groups with sums of their own.
 #pragma once
 
 #include "philox.h"
@@ -47,7 +47,7 @@ struct TokenReduction {
   ReductionScaling scaling; // of the second side
   int64_t splits;           // parts that the tokens are summed in
   float* parts;             // splits * ((C0 + C1) R + C1 + R), where there are several
-  int* counters;            // one zero per tile of 64 columns and 64 ranks, and one; zero again afterwards
+  int* counters;            // one per tile of 64 columns and 64 ranks, and one: zero, and zero again
   const int64_t* order;     // rows, one group after the other; null: no groups
   const int64_t* offsets;   // [groups + 1]
   int64_t groups;

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.adapter import cpp, reference, reference_grouped
+from peft_kernels.adapter import cpp, cuda, reference, reference_grouped
 from peft_kernels.core import backend as backends
-from peft_kernels.core import extension, triton_runtime
+from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, narrow, packed, rows, widen
 
@@ -62,6 +62,7 @@ ADAPTER = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
+        cuda_library.backend(cuda),
         backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
@@ -76,6 +77,7 @@ ADAPTER_GROUPED = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
+        cuda_library.backend(cuda),
         backends.Backend("cpp", cpp.forward, cpp.backward, _cpp_why_not),
         backends.Backend(
             "reference", reference_grouped.forward, reference_grouped.backward, lambda spec: None

@@ -55,7 +55,7 @@ def adapter_grouped(
         dropout_p: drop probability in [0, 1).
         training: dropout is the identity when False.
         seed: as for ``adapter``; one mask for all rows.
-        backend: "triton", "cpp" or "reference" to demand one; None takes the best.
+        backend: "triton", "cuda", "cpp" or "reference" to demand one; None takes the best.
 
     Returns:
         y [..., D] in the dtype that is computed in.

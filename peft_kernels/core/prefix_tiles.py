@@ -7,6 +7,7 @@ sizes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,9 +121,39 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
         },
     },
 }
+# The least number of queries from which "split" is faster than our kernel over both ranges: the
+# prefix by our kernel, the sequence by SDPA's flash kernel. None: it never is ("cpu": 2.5 to 9
+# times slower with 128 to 2048 queries), or nobody has measured it (GPU families).
+SPLIT_FROM: dict[str, int | None] = dict.fromkeys(("cpu", *tiles.FAMILIES))
+SPLIT_LEAST_KEYS = 128
+VARIANTS = ("fused", "split")
+
 # Families that take the tiles of another where they have none of their own.
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_80"}
 _BLOCKS = (64, 128, 256)
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced_variant(variant: str | None) -> Iterator[None]:
+    """Make calls take one variant where it can serve, for tests and benchmarks; not for threads."""
+    global _forced
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    before, _forced = _forced, variant
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def variant(device: torch.device, queries: int) -> str:
+    """Return the variant that wins for so many queries, where both can serve."""
+    if _forced is not None:
+        return _forced
+    least = SPLIT_FROM["cpu" if device.type == "cpu" else tiles.family(device)]
+    return "fused" if least is None or queries < least else "split"
 
 
 @functools.cache

@@ -41,6 +41,7 @@ def _call(
     out: Tensor,
     lse: Tensor,
     prefix_lse: Tensor | None,
+    partial: bool = False,
 ) -> Any:
     batch, heads, queries, head_size = query.shape
     return module.PrefixCall(
@@ -50,7 +51,7 @@ def _call(
         prefix_key.shape[0] == 1,
         pointer(key_mask), pointer(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
         pointer(gate), pointer(seed), rng.drop_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        causal, window or 0, scale, lse.data_ptr(), pointer(prefix_lse), out.data_ptr(),
+        causal, window or 0, scale, lse.data_ptr(), pointer(prefix_lse), out.data_ptr(), partial,
     )  # fmt: skip
 
 
@@ -107,12 +108,18 @@ def backward(
     dprefix_key: Tensor | None,
     dprefix_value: Tensor | None,
     dgate: Tensor | None,
+    *,
+    partial: bool = False,
 ) -> None:
-    """Write the gradients that are not None; see ``reference.backward``."""
+    """Write the gradients that are not None; see ``reference.backward``.
+
+    ``partial``: lse and out are over more keys than the call's (``split``), so that its softmax has
+    not to be one by itself.
+    """
     module = extension.load()
     call = _call(
         module, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed,
-        causal, scale, window, dropout_p, out, lse, prefix_lse,
+        causal, scale, window, dropout_p, out, lse, prefix_lse, partial,
     )  # fmt: skip
     module.prefix_backward(
         call, _heads(module, dout), pointer(dlse),

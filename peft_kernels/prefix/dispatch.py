@@ -16,7 +16,7 @@ from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, prefix_tiles, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import narrow, packed, widen
-from peft_kernels.prefix import check, cpp, cuda, reference
+from peft_kernels.prefix import check, cpp, cuda, reference, split
 
 
 class PrefixSpec(NamedTuple):
@@ -46,10 +46,10 @@ def _triton_forward(*args: Any) -> None:
     launch.prefix_forward(*args)
 
 
-def _triton_backward(*args: Any) -> None:
+def _triton_backward(*args: Any, **options: Any) -> None:
     from peft_kernels.prefix import launch
 
-    launch.prefix_backward(*args)
+    launch.prefix_backward(*args, **options)
 
 
 def _triton_why_not(spec: PrefixSpec) -> str | None:
@@ -58,7 +58,35 @@ def _triton_why_not(spec: PrefixSpec) -> str | None:
 
 
 def _triton_plan(spec: PrefixSpec) -> str:
-    return prefix_tiles.plan(spec.device, spec.dtype, spec.head_size, spec.dropout)
+    return prefix_tiles.plan(spec.device, spec.dtype, spec.head_size, spec.dropout) + _split(
+        spec, "triton"
+    )
+
+
+def _cpp_plan(spec: PrefixSpec) -> str:
+    return "fused: own kernel over prefix and sequence" + _split(spec, "cpp")
+
+
+def _split(spec: PrefixSpec, backend: str) -> str:
+    return "; split: the sequence by SDPA's flash kernel" if splits(spec, backend) else ""
+
+
+def splits(spec: PrefixSpec, backend: str) -> bool:
+    """Return whether a call takes the variant ``split``: it can, and the table says that it wins.
+
+    SDPA's flash kernel knows no masks, counts causal from the first key, drops by random numbers of
+    its own, and on a GPU serves 16 bits and head sizes in steps of 8. In float32, and of few keys,
+    the fused kernel divides by the sum of p once more in backward, which a part cannot.
+    """
+    if backend not in ("cpp", "triton"):
+        return False
+    if prefix_tiles.variant(spec.device, spec.queries) != "split":
+        return False
+    if spec.window or spec.masked or spec.packed or spec.gated or spec.dropout:
+        return False
+    square = spec.queries == spec.keys or not spec.causal
+    served = spec.dtype in (torch.float16, torch.bfloat16) and spec.head_size % 8 == 0
+    return square and served and spec.keys >= prefix_tiles.SPLIT_LEAST_KEYS and spec.prefix > 0
 
 
 PREFIX_ATTENTION = backends.Op(
@@ -68,7 +96,7 @@ PREFIX_ATTENTION = backends.Op(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
         cuda_library.backend(cuda),
-        backends.Backend("cpp", cpp.forward, cpp.backward, cpp.why_not),
+        backends.Backend("cpp", cpp.forward, cpp.backward, cpp.why_not, _cpp_plan),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),
 )
@@ -120,22 +148,31 @@ def _number(scale: float | Tensor | None, head_size: int) -> float:
     return head_size**-0.5 if scale is None else float(scale)
 
 
+_Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def _operands(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, gate: Tensor | None, seed: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return the nine tensors that every launcher starts with, in the form that it takes."""
+) -> _Five:  # fmt: skip
+    """Return the five tensors that every launcher starts with, in the form that it takes."""
     return (
         _unit_inner(query, dtype),
         _unit_inner(key, dtype),
         _unit_inner(value, dtype),
         _batched(prefix_key, dtype),
         _batched(prefix_value, dtype),
+    )
+
+
+def _options(
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, gate: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Return what stands beside them, likewise."""
+    return (
         _optional(key_mask, torch.bool),
         _optional(cu_seqlens, torch.int32),
         _optional(gate, lse_dtype(dtype)),
-        seed,
     )
 
 
@@ -162,14 +199,10 @@ def run_forward(
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check.check_offsets(cu_seqlens, key.shape[2])
     dtype = out.dtype
-    chosen = backends.select(
-        PREFIX_ATTENTION,
-        make_spec(
-            query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None,
-            dtype,
-        ),
-        backend,
-    )  # fmt: skip
+    spec = make_spec(
+        query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None, dtype
+    )
+    chosen = backends.select(PREFIX_ATTENTION, spec, backend)
     if lse.numel() == 0:
         return
     if key.shape[2] + prefix_key.shape[-2] == 0:
@@ -178,11 +211,14 @@ def run_forward(
             if each is not None:
                 each.fill_(-torch.inf)
         return
+    operands = _operands(query, key, value, prefix_key, prefix_value, dtype)
+    number = _number(scale, query.shape[3])
+    if splits(spec, chosen.name):
+        split.forward(chosen.forward, *operands, causal, number, out, lse)
+        return
     chosen.forward(
-        *_operands(
-            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, dtype
-        ),
-        causal, _number(scale, query.shape[3]), window, dropout_p, out, lse, prefix_lse,
+        *operands, *_options(key_mask, cu_seqlens, gate, dtype), seed, causal, number, window,
+        dropout_p, out, lse, prefix_lse,
     )  # fmt: skip
 
 
@@ -222,31 +258,31 @@ def run_backward(
         return
     dtype = out.dtype
     wide = lse_dtype(dtype)
-    chosen = backends.select(
-        PREFIX_ATTENTION,
-        make_spec(
-            query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None,
-            dtype,
-        ),
-        backend,
-    )  # fmt: skip
+    spec = make_spec(
+        query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None, dtype
+    )
+    chosen = backends.select(PREFIX_ATTENTION, spec, backend)
     # Under autocast tensors may be of another dtype than what is computed in.
     written = (
         *(narrow(each, dtype) for each in gradients[:3]),
         *(_sums(each, dtype, wide) for each in gradients[3:5]),
         narrow(dgate, wide),
     )
-    chosen.backward(
-        _unit_inner(dout, dtype),
-        _optional(dlse, wide),
-        *_operands(
-            query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, dtype
-        ),
-        out, lse, prefix_lse, causal, _number(scale, query.shape[3]), window, dropout_p,
-        *written[:3],
-        *(_as_batched(each) for each in written[3:5]),
-        written[5],
-    )  # fmt: skip
+    operands = _operands(query, key, value, prefix_key, prefix_value, dtype)
+    number = _number(scale, query.shape[3])
+    dout = _unit_inner(dout, dtype)
+    of_prefix = [_as_batched(each) for each in written[3:5]]
+    # The flash kernel takes no gradient of lse: the fused backward fits a split forward too.
+    if dlse is None and splits(spec, chosen.name):
+        split.backward(
+            chosen.backward, dout, *operands, out, lse, causal, number, *written[:3], *of_prefix
+        )
+    else:
+        chosen.backward(
+            dout, _optional(dlse, wide), *operands, *_options(key_mask, cu_seqlens, gate, dtype),
+            seed, out, lse, prefix_lse, causal, number, window, dropout_p, *written[:3], *of_prefix,
+            written[5],
+        )  # fmt: skip
     for computed, gradient in zip(written, gradients, strict=True):
         widen(computed, gradient)
 

@@ -89,11 +89,14 @@ def prefix_backward(
     dprefix_key: Tensor | None,
     dprefix_value: Tensor | None,
     dgate: Tensor | None,
+    *,
+    partial: bool = False,
 ) -> None:
     """Write the gradients that are not None: dq, then dk and dv, then those of the prefix.
 
     The first launch makes delta too, and of exact float32 products the correction of lse. Only
-    gradients of values need neither elsewhere.
+    gradients of values need neither elsewhere. ``partial``: lse and out are over more keys than the
+    call's (``split``), of which exact products have no form.
     """
     arguments = (
         dout, dlse, query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate,

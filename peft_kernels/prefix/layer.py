@@ -12,11 +12,10 @@ from peft_kernels.core import backend as backends
 from peft_kernels.core.checks import check_probability
 from peft_kernels.prefix import mha as meanings
 from peft_kernels.prefix import op
+from peft_kernels.prefix.virtual_tokens import VirtualTokens, check_count
 
-PREFIX_STD = 0.02
 
-
-class PrefixAttention(nn.Module):
+class PrefixAttention(VirtualTokens):
     """Multi-head attention over ``[prefix ; sequence]``, a drop-in for ``nn.MultiheadAttention``.
 
     The projections are frozen and named as ``nn.MultiheadAttention`` (with ``batch_first=True``)
@@ -83,11 +82,6 @@ class PrefixAttention(nn.Module):
     q_proj_weight: nn.Parameter
     k_proj_weight: nn.Parameter
     v_proj_weight: nn.Parameter
-    prefix_key: nn.Parameter | None
-    prefix_value: nn.Parameter | None
-    prefix: nn.Parameter | None
-    gate: nn.Parameter | None
-    projection: nn.Sequential | None
 
     # What nn.MultiheadAttention has and its users read. nn.TransformerEncoderLayer computes the
     # attention by itself in evaluation, without calling this layer, unless the second is False.
@@ -113,7 +107,7 @@ class PrefixAttention(nn.Module):
         """Make the layer with a freshly initialised base."""
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_heads(embed_dim, num_heads, kv_heads)
-        super().__init__()
+        nn.Module.__init__(self)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = embed_dim + 2 * kv_heads * (embed_dim // num_heads)
         self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim, **options))
@@ -183,82 +177,20 @@ class PrefixAttention(nn.Module):
         dropout: float,
         dtype: torch.dtype | None,
     ) -> None:
-        _check_count("num_virtual_tokens", tokens, least=0)
-        self.embed_dim, self.num_heads, self.num_kv_heads = out_proj.in_features, heads, kv_heads
-        self.head_dim = self.embed_dim // heads
-        self.num_virtual_tokens, self.causal = tokens, causal
+        self.embed_dim, self.causal = out_proj.in_features, causal
         self.dropout = check_probability("dropout", dropout)
         self.backend: str | None = None
-        options: dict[str, Any] = {
-            "device": out_proj.weight.device, "dtype": dtype or out_proj.weight.dtype,
-        }  # fmt: skip
-
-        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, **options)) if wanted else None
-
-        for name in ("prefix_key", "prefix_value"):
-            shape = (kv_heads, tokens, self.head_dim)
-            self.register_parameter(name, parameter(not prefix_projection, *shape))
-        self.register_parameter("prefix", parameter(prefix_projection, tokens, self.embed_dim))
-        self.register_parameter("gate", parameter(gated, heads))
-        self.projection = None
-        if prefix_projection:
-            hidden = self.embed_dim if projection_hidden is None else projection_hidden
-            _check_count("projection_hidden", hidden, least=1)
-            self.projection = nn.Sequential(
-                nn.Linear(self.embed_dim, hidden, **options),
-                nn.Tanh(),
-                nn.Linear(hidden, 2 * kv_heads * self.head_dim, **options),
-            )
+        weight = out_proj.weight
+        self._make_virtual_tokens(
+            self.embed_dim, heads, kv_heads, self.embed_dim // heads, tokens, gated,
+            prefix_projection, projection_hidden, weight.device, dtype or weight.dtype,
+        )  # fmt: skip
         # Last: a layer that was refused stays as it was.
         for frozen in (*self._projections(), self.in_proj_bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
         self.out_proj = out_proj.requires_grad_(False)
         self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise what is trained: N(0, 0.02), as BERT's embeddings; a gate by zeros.
-
-        The projections, which may be shared with other layers, stay as they are.
-        """
-        for each in (self.prefix_key, self.prefix_value, self.prefix):
-            if each is not None:
-                nn.init.normal_(each, std=PREFIX_STD)
-        for module in self.projection or ():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        if self.gate is not None:
-            nn.init.zeros_(self.gate)
-
-    def virtual_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the prefix of keys and of values, [Hkv, P, d] each, from the MLP if there is one.
-
-        Of the MLP's outputs the first half are the keys, one head after the other.
-        """
-        if self.projection is None or self.prefix is None:
-            assert self.prefix_key is not None and self.prefix_value is not None
-            return self.prefix_key, self.prefix_value
-        both = self.projection(self.prefix).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
-        prefix_key, prefix_value = both.permute(1, 2, 0, 3)  # [2, Hkv, P, d]
-        return prefix_key, prefix_value
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Replace the MLP by the prefix that it gives, which is trained on from there.
-
-        An optimizer that was made before holds the parameters that are gone: make a new one.
-
-        Raises:
-            RuntimeError: there is no MLP.
-        """
-        if self.projection is None:
-            raise RuntimeError("this PrefixAttention has no projection (left) to fold")
-        prefix_key, prefix_value = self.virtual_tokens()
-        self.prefix_key = nn.Parameter(prefix_key.contiguous())
-        self.prefix_value = nn.Parameter(prefix_value.contiguous())
-        self.prefix = self.projection = None
 
     def forward(
         self,
@@ -350,29 +282,18 @@ class PrefixAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what ``print(layer)`` shows."""
-        text = (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_virtual_tokens={self.num_virtual_tokens}"
-        )
-        if self.num_kv_heads != self.num_heads:
-            text += f", num_kv_heads={self.num_kv_heads}"
+        text = f"embed_dim={self.embed_dim}, {super().extra_repr()}"
         for name in ("causal", "dropout"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
-        text += ", gated=True" if self.gate is not None else ""
-        return text + (", prefix_projection=True" if self.projection is not None else "")
-
-
-def _check_count(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        return text
 
 
 def _check_heads(embed_dim: int, heads: int, kv_heads: int) -> None:
     for name, value in (
         ("embed_dim", embed_dim), ("num_heads", heads), ("num_kv_heads", kv_heads),
     ):  # fmt: skip
-        _check_count(name, value, least=1)
+        check_count(name, value, least=1)
     if embed_dim % heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}")
     if heads % kv_heads:

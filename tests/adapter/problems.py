@@ -186,6 +186,14 @@ def eager_in_another_order(given: Problem, dtype: torch.dtype, order: int) -> di
 
 def check(given: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Judge y and every gradient of a backend by the 1.5x rule; return them."""
+    own = given.inputs()
+    actual = results(fused(given, own, backend), own, given.dy)
+    judge(given, actual, dtype)
+    return actual
+
+
+def judge(given: Problem, actual: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Judge y and gradients, named as in ``results``, by the 1.5x rule."""
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dy)
     narrow = given.inputs(dtype)
@@ -193,12 +201,9 @@ def check(given: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]
     same_dtype += [eager_in_another_order(given, dtype, order) for order in range(OTHER_ORDERS)]
     if "scale" in given.tensors and not given.tensors["scale"].dim():
         same_dtype += _spread_of_a_learned_scale(given, dtype, same_dtype[0], exact["d scale"])
-    own = given.inputs()
-    actual = results(fused(given, own, backend), own, given.dy)
     for name, value in actual.items():
         judged = [each[name].view(value.shape) for each in same_dtype]
         assert_as_accurate_as_eager(name, value, judged, exact[name], dtype)
-    return actual
 
 
 def _spread_of_a_learned_scale(

@@ -252,7 +252,7 @@ BAD = [
     ({"down_bias": torch.randn(5)}, ValueError, r"down_bias must have shape \[4, 5\]"),
     ({"scale": torch.ones(4)}, TypeError, "one number for all adapters"),
     ({"activation": "swish"}, ValueError, "activation must be one of relu"),
-    ({"backend": "cuda"}, BackendUnavailable, "adapter_grouped has no cuda backend"),
+    ({"backend": "cuda"}, BackendUnavailable, "cuda: serves NVIDIA GPUs"),
 ]
 
 

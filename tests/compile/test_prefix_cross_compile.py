@@ -15,10 +15,6 @@ pytest.importorskip("triton")
 DTYPES = ("bf16", "fp32")
 
 
-@pytest.mark.xfail(
-    reason="some tiles of prefix attention spill, or exceed shared memory",
-    strict=False,
-)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("family", "dtype"), [(family, dtype) for family in tiles.FAMILIES for dtype in DTYPES]

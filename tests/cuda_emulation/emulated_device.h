@@ -1,9 +1,9 @@
 // csrc/cuda/device.h on a CPU: the same names, each thread of a block a fiber (fibers.cpp).
 //
 // What a GPU would let pass by luck shows here. Shared memory starts as NaN (0xFF) and is followed
-// by a guard; cp_async_16 fills its destination with NaN at issue and copies at the wait; threads run
-// in ascending, descending or seeded random order; a wait without end is reported with the line at
-// which each thread stands; ThreadSanitizer is told of every barrier and of nothing else.
+// by a guard; cp_async_16 fills its destination with NaN at issue and copies at the wait; threads
+// run in ascending, descending or seeded random order; a wait without end is reported with the
+// line at which each thread stands; ThreadSanitizer is told of every barrier and of nothing else.
 #pragma once
 
 #include <tuple>

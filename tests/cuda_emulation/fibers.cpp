@@ -1,9 +1,9 @@
 // The runtime behind emulated_device.h: blocks of fibers on one host thread, and who runs next.
 //
-// A pass lets every thread that can run do so until it waits (barrier, warp function, spin). Several
-// blocks are resident at once, so that a protocol between blocks is exercised; further ones start
-// when one ends. Compiled without ThreadSanitizer's instrumentation: it is told only of what orders
-// threads on a GPU, and of the memory that asynchronous copies touch.
+// A pass lets every thread that can run do so until it waits (barrier, warp function, spin).
+// Several blocks are resident at once, so that a protocol between blocks is exercised; further
+// ones start when one ends. Compiled without ThreadSanitizer's instrumentation: it is told only of
+// what orders threads on a GPU, and of the memory that asynchronous copies touch.
 #include "fibers.h"
 
 #include <sys/mman.h>
@@ -247,8 +247,8 @@ void check_guards(const Block& block) {
 
 void end_block(Block& block) {
   check_guards(block);
-  // For ThreadSanitizer, what a thread used is used again only when the launch has ended: until then
-  // nothing orders it before what other threads do.
+  // For ThreadSanitizer, what a thread used is used again only when the launch has ended: until
+  // then nothing orders it before what other threads do.
 #if defined(PK_TSAN)
   for (auto& fiber : block.fibers) __tsan_destroy_fiber(fiber->tsan);
 #else

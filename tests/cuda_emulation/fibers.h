@@ -36,7 +36,8 @@ struct Lane {
 
 struct Fiber;
 
-// Two generations of lanes: a fast lane may be at the next function before a slow one took its result.
+// Two generations of lanes: a fast lane may be at the next function before a slow one took its
+// result.
 struct Warp {
   Lane lanes[2][32];
   Fiber* fibers[32] = {};

@@ -1,10 +1,10 @@
-// LoRA forward and backward without Python, for sanitizers and mutants: every result is compared with
-// sums in double, and the counters must be zero again.
+// LoRA forward and backward without Python, for sanitizers and mutants: every result is compared
+// with sums in double, and the counters must be zero again.
 //
 //     lora_driver ORDER SEED BLOCKS      as pk_emulation_order and pk_emulation_resident take them
 //
-// With PK_SMALL_TILES the kernels run in tiles of 32 x 32 and blocks of 64 threads: several blocks then
-// are few enough threads for ThreadSanitizer, and one file is all there is to compile.
+// With PK_SMALL_TILES the kernels run in tiles of 32 x 32 and blocks of 64 threads: several blocks
+// then are few enough threads for ThreadSanitizer, and one file is all there is to compile.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -158,10 +158,8 @@ void check(
 
 template <typename T>
 void check_all(Type type, double tolerance) {
-  for (bool drops : {false, true}) {
-    check<T>(type, tolerance, 40, 48, 104, 8, drops, 0);
-    check<T>(type, tolerance, 75, 37, 131, 5, drops, 1);
-  }
+  check<T>(type, tolerance, 40, 48, 104, 8, false, 0);
+  check<T>(type, tolerance, 75, 37, 131, 5, true, 1);
 }
 
 }  // namespace

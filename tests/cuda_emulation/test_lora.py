@@ -205,3 +205,14 @@ def test_mask_equals_the_specification_bit_for_bit(p: float, dtype: torch.dtype)
     found, expected = run(given), rng.dropout_mask(seed, tokens, size, p)
     assert torch.equal(found["y"] != 0, expected)
     assert torch.equal(found["dx"] != 0, expected)
+
+
+@DTYPES
+def test_infinities_and_nans_spoil_their_own_rows_alone(dtype: torch.dtype) -> None:
+    for value in (float("nan"), float("inf")):
+        given = problem(70, 40, 41, 4, dtype=dtype)
+        x, dy = given.x.clone(), given.dy.clone()
+        x[2, 17] = dy[66, 5] = value
+        found = run(replace(given, x=x, dy=dy))
+        assert not found["y"][2].isfinite().any() and not found["dx"][66].isfinite().any()
+        assert found["y"].isfinite().all(1).sum() == found["dx"].isfinite().all(1).sum() == 69

@@ -33,8 +33,8 @@ PK_KERNEL void reverse_kernel(Reversal call) {
   if (thread_x() == 0 && call.release) add_release(call.turn, 1);
 }
 
-// d [16, 8] = a [16, 16] b [8, 16]^T of 16-bit elements, by one warp: `how` is 0 for the tensor core
-// with plain loads by ldmatrix, 1 for a stored transposed, 2 for the product by shuffles.
+// d [16, 8] = a [16, 16] b [8, 16]^T of 16-bit elements, by one warp: `how` is 0 for the tensor
+// core with plain loads by ldmatrix, 1 for a stored transposed, 2 for the product by shuffles.
 template <typename T>
 PK_KERNEL void product_kernel(const T* a, const T* b, float* d, int how) {
   char* cursor = shared_memory();

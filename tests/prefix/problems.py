@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Problem:
 
     tensors: dict[str, Tensor]
     dout: Tensor
-    dlse: Tensor
+    dlse: Tensor | None  # None: nothing depends on lse
     options: dict[str, Any] = field(default_factory=dict)
     dropout_p: float = 0.0
     seed: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
@@ -225,13 +226,14 @@ def fused(
 
 
 def results(
-    found: tuple[Tensor, Tensor], inputs: dict[str, Tensor], dout: Tensor, dlse: Tensor
+    found: tuple[Tensor, Tensor], inputs: dict[str, Tensor], dout: Tensor, dlse: Tensor | None
 ) -> dict[str, Tensor]:
     """Return out, lse and every gradient by name."""
     out, lse = found
-    gradients = torch.autograd.grad(
-        [out, lse], list(inputs.values()), [dout.to(out.dtype), dlse.to(lse.dtype)]
-    )
+    outputs, weights = [out], [dout.to(out.dtype)]
+    if dlse is not None:
+        outputs, weights = [out, lse], [*weights, dlse.to(lse.dtype)]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), weights)
     named = dict(zip((f"d {name}" for name in inputs), gradients, strict=True))
     return {"out": out.detach(), "lse": lse.detach()} | named
 
@@ -261,7 +263,8 @@ def eager_in_another_order(given: Problem, dtype: torch.dtype, order: int) -> di
     if keep is not None:
         keep = permuted(keep[0], "bhqp"), permuted(keep[1], "bhqk")
     inputs = other.inputs(dtype)
-    dout, dlse = permuted(given.dout, AXES["out"]), permuted(given.dlse, AXES["lse"])
+    dout = permuted(given.dout, AXES["out"])
+    dlse = None if given.dlse is None else permuted(given.dlse, AXES["lse"])
     found = results(dense(other, inputs, seen, keep), inputs, dout, dlse)
     return {
         name: permuted(value, AXES[name.removeprefix("d ")], back=True)
@@ -274,8 +277,16 @@ def finite(value: Tensor) -> Tensor:
     return value.masked_fill(value.isneginf(), 0.0)
 
 
-def check(given: Problem, backend: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Judge out, lse and every gradient of a backend by the 1.5x rule; return them."""
+def check(
+    given: Problem,
+    backend: str | None,
+    dtype: torch.dtype,
+    others: Sequence[dict[str, Tensor]] = (),
+) -> dict[str, Tensor]:
+    """Judge out, lse and every gradient of a backend by the 1.5x rule; return them.
+
+    ``others`` are results of PyTorch's in ``dtype`` beside the formula's, for the same measure.
+    """
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dout, given.dlse)
     narrow = given.inputs(dtype)
@@ -295,6 +306,6 @@ def check(given: Problem, backend: str | None, dtype: torch.dtype) -> dict[str, 
             # The measure itself: it has no error to be judged by.
             torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-12)
             continue
-        judged = [each[name] for each in same_dtype]
+        judged = [each[name] for each in (*same_dtype, *others) if name in each]
         assert_as_accurate_as_eager(name, value, judged, exact[name], dtype)
     return actual

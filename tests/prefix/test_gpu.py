@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import prefix_attention
+from peft_kernels.core import prefix_tiles
 from tests.prefix.problems import Problem, check, fused, problem, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -42,9 +43,13 @@ def on_gpu(given: Problem) -> Problem:
         for name, value in given.options.items()
     }
     return replace(
-        given, tensors=tensors, options=options, dout=given.dout.cuda(), dlse=given.dlse.cuda(),
+        given,
+        tensors=tensors,
+        options=options,
+        dout=given.dout.cuda(),
+        dlse=None if given.dlse is None else given.dlse.cuda(),
         seed=given.seed.cuda(),
-    )  # fmt: skip
+    )
 
 
 def run(given: Problem) -> dict[str, Tensor]:
@@ -58,6 +63,14 @@ def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_split_is_as_accurate_as_eager(size: int, dtype: torch.dtype) -> None:
+    given = problem(8, 16, 4, 333, 333, 70, size, causal=True, dtype=dtype)
+    with prefix_tiles.forced_variant("split"):
+        check(replace(on_gpu(given), dlse=None), "triton", dtype)
 
 
 @DTYPES

@@ -332,8 +332,8 @@ def test_what_it_is_is_shown_and_explained() -> None:
         prefix_projection=True,
     )  # fmt: skip
     assert made.extra_repr() == (
-        "embed_dim=32, num_heads=4, num_virtual_tokens=3, num_kv_heads=2, causal=True, "
-        "dropout=0.1, gated=True, prefix_projection=True"
+        "embed_dim=32, num_heads=4, num_virtual_tokens=3, num_kv_heads=2, gated=True, "
+        "prefix_projection=True, causal=True, dropout=0.1"
     )
     assert layer().extra_repr() == "embed_dim=32, num_heads=4, num_virtual_tokens=3"
     assert explain(made, X).op == "prefix_attention"

@@ -1,0 +1,104 @@
+"""The CUDA library on an NVIDIA GPU: what no emulation shows, streams, devices and real errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_kernels import PromptOutput, explain, lora_linear
+from peft_kernels.core import cuda_library
+from tests.lora import test_gpu as lora
+from tests.lora.problems import judge
+from tests.prompt import test_gpu as prompt
+from tests.prompt.problems import assert_same, fused, gradients, problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(
+        cuda_library.build_info() is None, reason="the CUDA library is not built: not run"
+    ),
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+
+
+def test_a_library_that_is_built_serves_this_gpu() -> None:
+    assert cuda_library.why_not(torch.device("cuda", 0), torch.bfloat16) is None
+    given = lora.gpu_problem(16, 32, 64, 8, dtype=torch.bfloat16)
+    arguments = given.x, given.weight, given.lora_a, given.lora_b
+    assert explain(lora_linear, *arguments, backend="cuda").backend == "cuda"
+
+
+@DTYPES
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(("tokens", "out_features", "in_features", "rank"), lora.SHAPES)
+def test_lora_is_as_accurate_as_eager_and_repeats_bit_for_bit(
+    dtype: torch.dtype,
+    dropout_p: float,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+) -> None:
+    given = lora.gpu_problem(
+        tokens, out_features, in_features, rank, dtype=dtype, dropout_p=dropout_p
+    )
+    found = lora.run(given, "cuda")
+    judge(given, found, dtype)
+    assert lora.same(lora.run(given, "cuda"), found)
+
+
+@DTYPES
+@pytest.mark.parametrize("position", ["start", "after_padding", 3])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "length", "width"), [(3, 7, 4, 16), (35, 300, 20, 777), (4, 2100, 33, 2048)]
+)
+def test_prompt_gives_the_bits_of_the_cpu(
+    dtype: torch.dtype, position: str | int, per_sample: bool,
+    batch: int, tokens: int, length: int, width: int,
+) -> None:  # fmt: skip
+    given = problem(
+        batch, tokens, length, width, vocabulary=500, dtype=dtype, prompt_dtype=torch.float32,
+        per_sample=per_sample, position=position, padding_idx=4,
+    )  # fmt: skip
+    moved, leaves = prompt.on_gpu(given), given.leaves()
+    there = moved.leaves()
+    expected, found = fused(given, leaves, None), fused(moved, there, "cuda")
+    for name in PromptOutput._fields:
+        assert_same(getattr(found, name).cpu(), getattr(expected, name), name)
+    wanted, got = gradients(given, expected, leaves), gradients(moved, found, there)
+    for name in wanted:
+        assert_same(got[name].cpu(), wanted[name], name)
+
+
+def test_it_runs_on_the_current_stream_and_in_a_graph() -> None:
+    given = prompt.on_gpu(problem(5, 9, 4, 64, position="after_padding"))
+    leaves = given.leaves()
+    fused(given, leaves, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused(given, leaves, "cuda")
+    given.input_ids.copy_((given.input_ids + 1) % 11)
+    graph.replay()
+    assert torch.equal(captured.embeddings, fused(given, leaves, "cuda").embeddings)
+
+
+def test_a_failed_launch_names_the_kernel_and_the_process_goes_on() -> None:
+    dy = torch.randn(2, 5, 8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"^prompt_gradient: invalid configuration argument$"):
+        cuda_library.call("prompt_gradient", dy, None, 0, dy.new_empty(0, 8))
+    found = dy.new_empty(2, 8)
+    cuda_library.call("prompt_gradient", dy, None, 0, found)
+    torch.cuda.synchronize()
+    assert torch.equal(found, dy[0, :2] + dy[1, :2])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_runs_on_the_device_of_its_tensors() -> None:
+    dy = torch.randn(2, 5, 8, device="cuda:1")
+    found = dy.new_empty(2, 8)
+    with torch.cuda.device(0):
+        cuda_library.call("prompt_gradient", dy, None, 0, found)
+        assert torch.cuda.current_device() == 0
+    assert torch.equal(found, dy[0, :2] + dy[1, :2])
