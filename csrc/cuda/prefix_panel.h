@@ -21,7 +21,7 @@ constexpr int kWide = 128 / static_cast<int>(sizeof(T));
 
 // Each warp has 16 whole lines of the 16-bit product: their sums need no other warp.
 template <typename T>
-using PanelShape = Shape<kHeld, kWide<T>, kWide<T>, 4, 1>;
+using PanelShape = Shape<kHeld, kWide<T>, kWide<T>, 4, 1, kWide<T> / 4>;
 template <typename T>
 using ScorePanel = Product<T, PanelShape<T>, true, true>;
 template <typename T>

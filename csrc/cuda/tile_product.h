@@ -98,23 +98,25 @@ struct SameRow {
   PK_DEVICE int64_t operator()(int64_t row) const { return row; }
 };
 
-// kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_>
+// kDepthAtOnce: how much of the depth is unrolled, and in float summed for itself.
+template <
+    int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_,
+    int kDepthAtOnce_ = kDepth_>
 struct Shape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_;
+  static constexpr int kDepthAtOnce = kDepthAtOnce_;
+  static_assert(kDepth % kDepthAtOnce == 0);
   static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
   static constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
 };
 
 // The accumulators of a tile, held by the threads of a block; visit() names each by its place.
+// kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
 template <typename T, typename S, bool kRowsAlong, bool kColumnsAlong>
 class Product {
   static constexpr int kTilesM = S::kRows / S::kWarpRows / 16;
   static constexpr int kTilesN = S::kColumns / S::kWarpColumns / 8;
-  static_assert(kTilesM > 0 && kTilesN > 0 && kTilesN % 2 == 0 && S::kDepth % 16 == 0);
-
-  static constexpr int kDepthAtOnce = S::kDepth <= 32 ? S::kDepth : 16;
-  static_assert(S::kDepth % kDepthAtOnce == 0);
+  static_assert(kTilesM > 0 && kTilesN > 0 && kTilesN % 2 == 0 && S::kDepthAtOnce % 16 == 0);
 
   float sum_[kTilesM][kTilesN][4];
 
@@ -134,9 +136,9 @@ class Product {
   PK_DEVICE void multiply(const T* rows, const T* columns) {
     // Lane 8 q + r gives row r of the q-th matrix.
     const int r = device::lane() % 8, q = device::lane() / 8;
-    // Of a deep tile not all is unrolled: loads far ahead would take registers from the sums.
-    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce)
-      PK_UNROLL for (int k = k0; k < k0 + kDepthAtOnce; k += 16) {
+    // Where not all is unrolled, loads far ahead take no registers from the sums.
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += S::kDepthAtOnce)
+      PK_UNROLL for (int k = k0; k < k0 + S::kDepthAtOnce; k += 16) {
         uint32_t a[kTilesM][4];
         PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
           const int row = first_row() + m * 16;
@@ -223,9 +225,6 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
   static constexpr int kThreadColumns = S::kColumns / kN, kThreadRows = S::kRows / 8;
   static_assert(kThreadRows * kThreadColumns == S::kThreads && kThreadColumns % 4 == 0);
 
-  static constexpr int kDepthAtOnce = S::kDepth <= 16 ? S::kDepth : 8;
-  static_assert(S::kDepth % kDepthAtOnce == 0);
-
   float sum_[8][kN];
 
   PK_DEVICE static int first_row() { return device::thread_x() / kThreadColumns; }
@@ -239,13 +238,13 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
       PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] = 0.0f;
   }
 
-  // A piece's products are summed before they are added: one chain over all of the depth would round
-  // too often. Of a deep tile the pieces are short, and each product is rounded with its sum:
-  // attention is held to more than the other products are.
+  // A piece's products are summed before they are added: one chain over all of the depth would
+  // round too often. In several pieces each product is rounded with its sum: attention, which has
+  // them, is held to more than the other products are.
   PK_DEVICE void multiply(const float* rows, const float* columns) {
-    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += kDepthAtOnce) {
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += S::kDepthAtOnce) {
       float part[8][kN] = {};
-      PK_UNROLL for (int k = k0; k < k0 + kDepthAtOnce; ++k) {
+      PK_UNROLL for (int k = k0; k < k0 + S::kDepthAtOnce; ++k) {
         float b[kN];
         PK_UNROLL for (int n = 0; n < kN; ++n) {
           const int column = first_column() + n * kThreadColumns;
@@ -257,8 +256,9 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
           const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
                                           : k * padded<float>(S::kRows) + row];
           PK_UNROLL for (int n = 0; n < kN; ++n)
-            part[m][n] = kDepthAtOnce < S::kDepth ? device::multiply_add(a, b[n], part[m][n])
-                                                  : part[m][n] + a * b[n];
+            part[m][n] = S::kDepthAtOnce < S::kDepth
+                             ? device::multiply_add(a, b[n], part[m][n])
+                             : part[m][n] + a * b[n];
         }
       }
       PK_UNROLL for (int m = 0; m < 8; ++m)

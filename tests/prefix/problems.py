@@ -134,20 +134,19 @@ def visible(given: Problem) -> Tensor:
     batch, _, queries, keys, _ = given.sizes
     causal, window = given.options["causal"], given.options["window"]
     mask, offsets = given.options.get("key_mask"), given.options.get("cu_seqlens")
-    segments = [0] * keys
-    if offsets is not None:
-        starts = offsets.tolist()
-        segments = [sum(start <= j for start in starts) for j in range(keys)]
-    found = torch.zeros(batch, queries, keys, dtype=torch.bool)
-    for i in range(queries):
+    starts = [] if offsets is None else offsets.tolist()
+    segments = [sum(start <= j for start in starts) for j in range(keys)]
+
+    def sees(i: int, j: int) -> bool:
         at = i + keys - queries
-        for j in range(keys):
-            seen = j <= at if causal else True
-            if window is not None:
-                seen &= at - j < window if causal else abs(at - j) < window
-            if offsets is not None:
-                seen &= segments[at] == segments[j]
-            found[:, i, j] = seen
+        seen = j <= at if causal else True
+        if window is not None:
+            seen &= at - j < window if causal else abs(at - j) < window
+        return seen and (offsets is None or segments[at] == segments[j])
+
+    pairs = [[sees(i, j) for j in range(keys)] for i in range(queries)]
+    found = torch.tensor(pairs, dtype=torch.bool, device=given.query.device)
+    found = found.view(queries, keys).expand(batch, -1, -1)
     return found if mask is None else found & mask[:, None, :]
 
 

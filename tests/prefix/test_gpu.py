@@ -52,9 +52,9 @@ def on_gpu(given: Problem) -> Problem:
     )
 
 
-def run(given: Problem) -> dict[str, Tensor]:
+def run(given: Problem, backend: str | None = "triton") -> dict[str, Tensor]:
     inputs = given.inputs()
-    return results(fused(given, inputs, "triton"), inputs, given.dout, given.dlse)
+    return results(fused(given, inputs, backend), inputs, given.dout, given.dlse)
 
 
 @pytest.fixture
