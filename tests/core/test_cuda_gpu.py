@@ -102,10 +102,14 @@ def test_prefix_is_as_accurate_as_eager(
 def test_prefix_serves_every_head_size(
     dropout_p: float, size: int, dtype: torch.dtype, poisoned_allocations: None
 ) -> None:
-    given = attention.problem(
-        queries=130, keys=150, prefix=70, size=size, causal=True, dtype=dtype, dropout_p=dropout_p
-    )
-    attention.check(prefix.on_gpu(given), "cuda", dtype)
+    cases = [
+        attention.problem(
+            queries=130, keys=150, prefix=70, size=size, causal=True, dtype=dtype,
+            dropout_p=dropout_p, seed=seed,
+        )
+        for seed in range(max(1, 16 // size))
+    ]  # fmt: skip
+    attention.check_together([prefix.on_gpu(each) for each in cases], "cuda", dtype)
 
 
 @DTYPES
@@ -126,11 +130,15 @@ def test_a_gate_of_zero_is_bit_for_bit_no_prefix(size: int, dtype: torch.dtype) 
 @DTYPES
 @pytest.mark.parametrize("gate", [1e-5, 0.3, 3.0])
 def test_a_gate_of_any_size(gate: float, dtype: torch.dtype) -> None:
-    given = attention.problem(
-        queries=70, keys=100, prefix=40, padding="all", gated=True, dtype=dtype
-    )
-    given.tensors["gate"] = torch.tensor([gate, -gate, gate, 2 * gate])
-    found = attention.check(prefix.on_gpu(given), "cuda", dtype)
+    cases = [
+        attention.problem(
+            queries=70, keys=100, prefix=40, padding="all", gated=True, dtype=dtype, seed=seed
+        )
+        for seed in range(4)
+    ]
+    for given in cases:
+        given.tensors["gate"] = torch.tensor([gate, -gate, gate, 2 * gate])
+    found = attention.check_together([prefix.on_gpu(given) for given in cases], "cuda", dtype)
     assert found["d gate"].abs().min() > 0
 
 

@@ -13,7 +13,16 @@ from peft_kernels.prefix import cuda
 from tests.cuda_emulation import build
 from tests.cuda_emulation.emulated import ORDERS
 from tests.lora.conftest import poisoned_allocations
-from tests.prefix.problems import Problem, check, finite, fused, keep_masks, problem, results
+from tests.prefix.problems import (
+    Problem,
+    check,
+    check_together,
+    finite,
+    fused,
+    keep_masks,
+    problem,
+    results,
+)
 
 __all__ = ["poisoned_allocations"]
 
@@ -75,8 +84,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "head size 256": ONE | {"queries": 5, "keys": 18, "size": 256},
     "negative scale": ONE | {"queries": 18, "keys": 18, "scale": -0.3, "causal": True},
     "scale of zero": ONE | {"queries": 18, "keys": 18, "scale": 0.0, "causal": True},
-    "large scores": {"queries": 18, "keys": 35, "prefix": 20, "scale": 30.0},
+    "large scores": ONE | {"queries": 18, "keys": 35, "prefix": 20, "scale": 30.0},
+    "large scores, several samples": {"queries": 18, "keys": 35, "prefix": 20, "scale": 30.0},
 }  # fmt: skip
+# Few numbers, or few that decide: several problems are judged as one.
+FEW = ("one of everything", "head size 1", "large scores")
 # Several tiles of rows, of keys and of the prefix; parts of the prefix's sums.
 RICH: dict[str, Any] = {
     "batch": 2, "heads": 2, "kv_heads": 1, "queries": 40, "keys": 90, "prefix": 69, "size": 24,
@@ -101,7 +113,9 @@ def same(found: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @BOTH
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_accurate_as_eager(layout: str, dtype: torch.dtype, poisoned_allocations: None) -> None:
-    check(problem(**LAYOUTS[layout], dtype=dtype), "cuda", dtype)
+    seeds = range(16 if layout in FEW else 1)
+    cases = [problem(**LAYOUTS[layout], dtype=dtype, seed=seed) for seed in seeds]
+    check_together(cases, "cuda", dtype)
 
 
 @pytest.mark.parametrize(

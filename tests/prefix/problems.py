@@ -286,6 +286,34 @@ def check(
 
     ``others`` are results of PyTorch's in ``dtype`` beside the formula's, for the same measure.
     """
+    exact, same_dtype, actual = _measured(given, backend, dtype)
+    _judge(actual, exact, [*same_dtype, *others], dtype)
+    return actual
+
+
+def check_together(
+    given: Sequence[Problem], backend: str | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Judge problems of one layout as one larger, and return its results, one behind the other.
+
+    Of few numbers eager's worst error is luck, and may be far below what it is of many.
+    """
+    measured = [_measured(each, backend, dtype) for each in given]
+
+    def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    exact, same_dtype, actual = zip(*measured, strict=True)
+    eager_results = [joined(parts) for parts in zip(*same_dtype, strict=True)]
+    found = joined(actual)
+    _judge(found, joined(exact), eager_results, dtype)
+    return found
+
+
+def _measured(
+    given: Problem, backend: str | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the results in float64, those of eager PyTorch in ``dtype``, and a backend's."""
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dout, given.dlse)
     narrow = given.inputs(dtype)
@@ -296,6 +324,15 @@ def check(
     assert torch.equal(actual["lse"].isneginf(), exact["lse"].isneginf())
     for results_ in (exact, actual, *same_dtype):
         results_["lse"] = finite(results_["lse"])
+    return exact, same_dtype, actual
+
+
+def _judge(
+    actual: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    same_dtype: Sequence[dict[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
     for name, value in actual.items():
         if not exact[name].any():
             # Nothing is seen, or nothing depends on it: exactly zero, not nearly.
@@ -305,6 +342,5 @@ def check(
             # The measure itself: it has no error to be judged by.
             torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-12)
             continue
-        judged = [each[name] for each in (*same_dtype, *others) if name in each]
+        judged = [each[name] for each in same_dtype if name in each]
         assert_as_accurate_as_eager(name, value, judged, exact[name], dtype)
-    return actual
