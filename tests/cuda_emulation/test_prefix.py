@@ -88,7 +88,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "large scores, several samples": {"queries": 18, "keys": 35, "prefix": 20, "scale": 30.0},
 }  # fmt: skip
 # Few numbers, or few that decide: several problems are judged as one.
-FEW = ("one of everything", "head size 1", "large scores")
+FEW = ("one of everything", "head size 1", "large scores", "decoding")
 # Several tiles of rows, of keys and of the prefix; parts of the prefix's sums.
 RICH: dict[str, Any] = {
     "batch": 2, "heads": 2, "kv_heads": 1, "queries": 40, "keys": 90, "prefix": 69, "size": 24,
