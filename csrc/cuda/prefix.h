@@ -3,8 +3,8 @@
 //   s[i, j] = scale q[i] k[j]     p = softmax over [prefix ; seen keys]     out = p v
 //
 // The prefix is seen by every query; sequence key j by query i iff j lies in the query's interval
-// (causal bottom-right, window, packed segment) and its key mask is set. Gated: a softmax of its own
-// for each of the two, out = sequence + tanh(gate) prefix.
+// (causal bottom-right, window, packed segment) and its key mask is set. Gated: a softmax of its
+// own for each of the two, out = sequence + tanh(gate) prefix.
 #pragma once
 
 #include "philox.h"

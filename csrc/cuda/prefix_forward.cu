@@ -1,9 +1,9 @@
-// Grid (tiles of 64 rows, batch, key heads; slices of the head size): online softmax over the prefix,
-// then over the blocks of the sequence that some row of the tile sees.
+// Grid (tiles of 64 rows, batch, key heads; slices of the head size): online softmax over the
+// prefix, then over the blocks of the sequence that some row of the tile sees.
 //
-// Read: q, k and v by panels from L2; the prefix in place for every sample. Written: out and lse once.
-// Gated, the prefix comes last and twice: once for its normaliser, once for its values, so that one
-// accumulator is enough, and the sequence is bit for bit what it is without a prefix.
+// Read: q, k and v by panels from L2; the prefix in place for every sample. Written: out and lse
+// once. Gated, the prefix comes last and twice: once for its normaliser, once for its values, so
+// that one accumulator is enough, and the sequence is bit for bit what it is without a prefix.
 #include "prefix_scores.h"
 
 namespace pk {

@@ -3,10 +3,11 @@
 //   p = e^(s - lse)     dp = keep dout v^T / (1 - p_drop)     ds = p (dp - delta + dlse)
 //   dk = scale Σ_rows ds^T q     dv = Σ_rows (keep p)^T dout / (1 - p_drop)
 //
-// Grid (tiles of 64 keys, samples, key heads; slices of the head size; splits). A block holds keys and
-// streams the rows that see them. A prefix's rows are those of all samples that share it, split into
-// parts whose float sums prefix_parts_kernel adds in index order: no atomics on numbers, nothing of the
-// size of a prefix for each sample. delta, and in float the correction of p, come from launch 1.
+// Grid (tiles of 64 keys, samples, key heads; slices of the head size; splits). A block holds keys
+// and streams the rows that see them. A prefix's rows are those of all samples that share it, split
+// into parts whose float sums prefix_parts_kernel adds in index order: no atomics on numbers,
+// nothing of the size of a prefix for each sample. delta, and in float the correction of p, come
+// from launch 1.
 #include "prefix_scores.h"
 
 namespace pk {
@@ -114,8 +115,8 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_key_gradient_kernel(
       bounds[W + row] = seen.last;
       lse[row] = exists ? lse_of<T>((gated ? call.prefix_lse : call.lse)[at]) : INFINITY;
       // Only float corrects p, and gradients of values alone need no delta.
-      factor[row] = sizeof(T) == 4 ? (gated ? gradients.prefix_correction : gradients.correction)[at]
-                                   : 1.0f;
+      const float* correction = gated ? gradients.prefix_correction : gradients.correction;
+      factor[row] = sizeof(T) == 4 ? correction[at] : 1.0f;
       if (gated)
         factor[row] *=
             tanhf(call.gate[kv_head * group + known / static_cast<int>(call.queries)]) / unit;
@@ -136,7 +137,8 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_key_gradient_kernel(
     add_scores(p, stages, keys, queries);
     p.visit([&](int key, int row, float& score) {
       const bool seen = range.sees(n0 + key, bounds[row], bounds[W + row]);
-      score = seen ? exponential<T>(device::multiply_add(score, score_scale, -lse[row])) * factor[row] : 0.0f;
+      const float power = device::multiply_add(score, score_scale, -lse[row]);
+      score = seen ? exponential<T>(power) * factor[row] : 0.0f;
     });
     if (out.d_value) {
       p.visit([&](int key, int row, float& one) {
@@ -192,7 +194,8 @@ int launch_key_gradient(
   const int64_t keys = of_prefix ? call.prefix : call.keys;
   const int64_t size = owners * call.kv_heads * keys * call.head_size;
   const int64_t splits = of_prefix ? gradients.splits : 1;
-  KeyGradients out{gradients.d_key, gradients.d_value, call.type, call.type, nullptr, nullptr, false};
+  KeyGradients out{
+      gradients.d_key, gradients.d_value, call.type, call.type, nullptr, nullptr, false};
   if (of_prefix)
     out = {
         gradients.d_prefix_key, gradients.d_prefix_value, gradients.d_prefix_key_type,

@@ -1,12 +1,12 @@
-// Products of prefix attention: panels of 64 held lines against panels of as many lines as 128 bytes
-// hold elements, all of that width, streamed through shared memory.
+// Products of prefix attention: panels of 64 held lines against panels of as many lines as 128
+// bytes hold elements, all of that width, streamed through shared memory.
 //
 //   scores [64, W] = held [64, d] streamed [W, d]^T           over panels of the depth d
 //   values [64, columns] += p [64, W] streamed [W, columns]   over panels of the columns
 //
-// Forward and the gradient of queries hold rows and stream keys; the gradient of keys holds keys and
-// streams rows. What is streamed twice comes from the L2 cache: two stages and p fit every GPU's
-// shared memory for any head size.
+// Forward and the gradient of queries hold rows and stream keys; the gradient of keys holds keys
+// and streams rows. What is streamed twice comes from the L2 cache: two stages and p fit every
+// GPU's shared memory for any head size.
 #pragma once
 
 #include "prefix.h"
@@ -142,8 +142,8 @@ PK_DEVICE void write_panel(ScorePanel<T>& scores, T* panel, F f) {
   });
 }
 
-// Store values times factor as rows of d elements, the first `count`, columns [first, ...), by way of
-// a panel so that neighbours are written together.
+// Store values times factor as rows of d elements, the first `count`, columns [first, ...), by way
+// of a panel so that neighbours are written together.
 template <typename T, int kColumns>
 PK_DEVICE void store_values(
     Values<T, kColumns>& values, T* shared, T* rows, int64_t d, int count, int first,

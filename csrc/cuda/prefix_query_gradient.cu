@@ -3,10 +3,11 @@
 //   p = e^(s - lse)     dp = keep dout v^T / (1 - p_drop)     ds = p (dp - delta + dlse)
 //   delta = Σ_keys p dp = Σ_d dout out     dq = scale Σ_keys ds k
 //
-// Grid as forward. In float the roundings of lse and out would be the largest errors of p and delta:
-// the keys are visited once more before, for delta = Σ p dp and for Σ p, which should have been 1 and
-// by which every p is divided (the correction). Gated, with t = tanh(gate) and delta_p = Σ_prefix
-// p dp: ds of the prefix is t p (dp - delta_p), and delta of the sequence is less by t delta_p.
+// Grid as forward. In float the roundings of lse and out would be the largest errors of p and
+// delta: the keys are visited once more before, for delta = Σ p dp and for Σ p, which should have
+// been 1 and by which every p is divided (the correction). Gated, with t = tanh(gate) and
+// delta_p = Σ_prefix p dp: ds of the prefix is t p (dp - delta_p), and delta of the sequence is
+// less by t delta_p.
 #include <type_traits>
 
 #include "prefix_scores.h"
@@ -147,7 +148,8 @@ PK_KERNEL PK_LAUNCH_BOUNDS(kPrefixThreads, 1) void prefix_query_gradient_kernel(
         const int n = n0 + column;
         const bool seen = there[column] && (!range.bounded ||
                                             (n >= bounds[row] && n < bounds[kHeld + row]));
-        score = seen ? exponential<T>(device::multiply_add(score, score_scale, -at_row[slot])) : 0.0f;
+        const float power = device::multiply_add(score, score_scale, -at_row[slot]);
+        score = seen ? exponential<T>(power) : 0.0f;
       });
       if (call.dropout.seed)
         dp.visit_slots([&](int slot, int column, float& sum) {

@@ -1,7 +1,7 @@
 // Who sees whom in prefix attention, how rows and keys are addressed, and what makes probabilities.
 //
-// All masks but key_mask are one interval of keys for each query. The query heads of one key head are
-// rows: row r of group * queries has head r / queries and query r % queries, which is how
+// All masks but key_mask are one interval of keys for each query. The query heads of one key head
+// are rows: row r of group * queries has head r / queries and query r % queries, which is how
 // [batch, heads, queries] lies in memory. A tile takes rows as they follow each other.
 #pragma once
 
@@ -149,8 +149,8 @@ template <typename T>
 PK_DEVICE float lse_of(float lse) { return lse == -INFINITY ? INFINITY : lse * base_factor<T>(); }
 
 // The power of two next to x towards 0, without its sign: at least 2^-60, and 1 for 0. What x
-// multiplies is divided by it before it is rounded to 16 bits, and multiplied with it afterwards, so
-// that a small x does not underflow.
+// multiplies is divided by it before it is rounded to 16 bits, and multiplied with it afterwards,
+// so that a small x does not underflow.
 PK_DEVICE float power_of_two(float x) {
   if (x == 0.0f) return 1.0f;
   const float below = device::bits_to_float(device::float_to_bits(x) & 0x7F800000u);

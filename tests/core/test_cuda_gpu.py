@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from peft_kernels import PromptOutput, explain, lora_linear, prefix_attention
+from peft_kernels import PromptOutput, explain, lora_linear
 from peft_kernels.core import cuda_library
 from tests.lora import test_gpu as lora
 from tests.lora.problems import judge
@@ -79,13 +77,6 @@ def test_prompt_gives_the_bits_of_the_cpu(
         assert_same(got[name].cpu(), wanted[name], name)
 
 
-# Several tiles of rows, of keys and of the prefix, and parts of the prefix's sums.
-RICH: dict[str, Any] = {
-    "batch": 8, "heads": 16, "kv_heads": 4, "queries": 500, "keys": 500, "prefix": 200, "size": 64,
-    "causal": True, "dropout_p": 0.1,
-}  # fmt: skip
-
-
 @DTYPES
 @pytest.mark.parametrize("size", [64, 80])
 @pytest.mark.parametrize("layout", prefix.LAYOUTS)
@@ -118,16 +109,7 @@ def test_prefix_serves_every_head_size(
 @DTYPES
 @pytest.mark.parametrize("size", [64, 100, 256])
 def test_a_gate_of_zero_is_bit_for_bit_no_prefix(size: int, dtype: torch.dtype) -> None:
-    given = attention.problem(
-        queries=300, keys=333, prefix=70, size=size, causal=True, gated=True, dtype=dtype
-    )
-    inputs = prefix.on_gpu(given).inputs()
-    inputs["gate"] = torch.zeros(4, device="cuda")
-    found = attention.fused(given, inputs, "cuda")
-    bare = {name: t[..., :0, :] if "prefix" in name else t for name, t in inputs.items()}
-    del bare["gate"]
-    expected = attention.fused(given, bare, "cuda")
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    prefix.assert_a_gate_of_zero_is_no_prefix(size, dtype, "cuda")
 
 
 @DTYPES
@@ -148,10 +130,7 @@ def test_a_gate_of_any_size(gate: float, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_prefix_repeats_bit_for_bit(gated: bool, dtype: torch.dtype) -> None:
-    given = prefix.on_gpu(attention.problem(**RICH, gated=gated, dtype=dtype))
-    first = prefix.run(given, "cuda")
-    for _ in range(5):
-        assert lora.same(prefix.run(given, "cuda"), first)
+    prefix.assert_runs_repeat(gated, dtype, "cuda")
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -173,34 +152,15 @@ def test_prefix_drops_what_triton_drops(gated: bool) -> None:
 
 
 def test_a_captured_prefix_graph_replays() -> None:
-    given = prefix.on_gpu(attention.problem(**RICH, gated=True, dtype=torch.bfloat16))
-    expected = prefix.run(given, "cuda")
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            prefix.run(given, "cuda")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = prefix.run(given, "cuda")
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert lora.same(found, expected)
+    prefix.assert_a_captured_graph_replays("cuda")
 
 
 def test_nothing_of_the_size_of_a_prefix_for_each_row_is_allocated() -> None:
-    batch, length = 64, 4096
-    q = torch.randn(batch, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(batch, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
-    one = torch.randn(2, length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    prefix_attention(q, k, k, one, one, causal=True, backend="cuda").sum().backward()
-    expanded = batch * one.numel() * one.element_size()
-    assert torch.cuda.max_memory_allocated() - before < expanded / 2
+    prefix.assert_no_prefix_for_each_row_is_allocated("cuda")
+
+
+def test_queries_beyond_two_to_the_31_elements() -> None:
+    prefix.assert_queries_beyond_two_to_the_31_elements("cuda")
 
 
 def test_it_runs_on_the_current_stream_and_in_a_graph() -> None:
