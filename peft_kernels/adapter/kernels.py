@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from peft_kernels.adapter.activation_kernels import activate, derivative
-from peft_kernels.core.device import keep_mask, load_scale
+from peft_kernels.core.device import keep_mask, load_scale, multiply, multiply_add
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _contract(
         if SCALE == 3:
             factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
             v = (v.to(tl.float32) * factor[None, :]).to(v.dtype)
-        acc = tl.dot(v, w, acc, input_precision=PRECISION)
+        acc = multiply_add(v, w, acc, PRECISION)
     return acc
 
 
@@ -81,7 +81,7 @@ def _expand(
             mask=mask_c[None, :] & mask_r[:, None],
             other=0.0,
         )  # [BLOCK_R, BLOCK_C]
-        acc = tl.dot(low, w, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
+        acc = multiply(low, w, PRECISION)  # [BLOCK_M, BLOCK_C]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs_c, mask=mask_c & (ranks > 0), other=0.0)
             acc += bias.to(tl.float32)[None, :]

@@ -12,10 +12,12 @@ from peft_kernels.adapter import kernels, reference, reference_grouped
 from peft_kernels.adapter.grouping import Grouping
 from peft_kernels.core import adapter_tiles, tiles
 from peft_kernels.core.adapter_tiles import AdapterTile
+from peft_kernels.core.launches import launch, remembered
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.token_reduction import Factor, Groups, Scaling, token_reduction
 
 
+@remembered
 def adapter_forward(
     x: Tensor,
     down: Tensor,
@@ -51,7 +53,9 @@ def adapter_forward(
             )  # fmt: skip
             return
         common, grid = _common(x, pre, scale, seed, dropout_p, activation, tile, index, down)
-        kernels._adapter_forward_kernel[grid](
+        launch(
+            kernels._adapter_forward_kernel,
+            grid,
             x_ptr=x,
             down_ptr=down,
             up_ptr=up,
@@ -69,6 +73,7 @@ def adapter_forward(
         )
 
 
+@remembered
 def adapter_backward(
     dy: Tensor,
     x: Tensor,
@@ -111,7 +116,9 @@ def adapter_backward(
         hidden = torch.empty_like(pre) if need_hidden else pre
         common, grid = _common(x, pre, scale, seed, dropout_p, activation, tile, index, down)
         if need_dpre or need_hidden:
-            kernels._adapter_backward_kernel[grid](
+            launch(
+                kernels._adapter_backward_kernel,
+                grid,
                 dy_ptr=dy,
                 up_ptr=up,
                 down_ptr=down,
@@ -126,7 +133,9 @@ def adapter_backward(
                 INPUT_RESIDUAL=input_residual,
                 **common,
             )
-        offsets = common["offsets_ptr"][1:]
+        groups = None
+        if index is not None:
+            groups = Groups(common["order_ptr"], common["offsets_ptr"][1:], down.shape[0])
         token_reduction(
             Factor(x, dpre, None if d_down is None else d_down.transpose(-1, -2)),
             Factor(dy, hidden, d_up),
@@ -138,7 +147,7 @@ def adapter_backward(
             dropped=1,
             lowsum=d_down_bias,
             scaling=Scaling(scale, 1.0 / (1.0 - dropout_p), d_scale, up, up_bias),
-            groups=None if index is None else Groups(common["order_ptr"], offsets, down.shape[0]),
+            groups=groups,
         )
 
 
@@ -207,7 +216,8 @@ def _keep(like: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
     keep = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     block_m, block_c = 32, 64
     grid = (triton.cdiv(like.shape[0], block_m), triton.cdiv(like.shape[1], block_c))
-    kernels._keep_mask_kernel[grid](
+    launch(
+        kernels._keep_mask_kernel, grid,
         keep, seed, like.shape[0], like.shape[1], drop_threshold(dropout_p) - 2**31,
         BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip

@@ -17,6 +17,41 @@ def load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, PRECISION: tl.constexpr):
+    """Return a b in float32: ``multiply_add`` onto zero."""
+    if PRECISION == "tf32":
+        a, b = _round_to_tf32(a), _round_to_tf32(b)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def multiply_add(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a b in float32.
+
+    Exact products of float32 ("ieee") are summed by themselves and then added: in one chain over
+    all steps of a loop, which is what the compiler makes of a product and a sum, the error would
+    grow with their number.
+    """
+    if PRECISION == "tf32":
+        acc = tl.dot(_round_to_tf32(a), _round_to_tf32(b), acc, input_precision=PRECISION)
+    elif a.dtype == tl.float32:
+        # Any bound but zero keeps the two sums apart; the product itself takes no notice of it.
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """Return float32 rounded to tf32: tensor cores cut the last bits off, which shrinks results."""
+    bits = tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def keep_mask(seed, rows, group0, groups, drop_threshold, BLOCK_C: tl.constexpr):
     """Return the keep mask of dropout, [len(rows), BLOCK_C]: ``core.rng.dropout_mask``, one tile.
 

@@ -148,6 +148,11 @@ def forced_variant(variant: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """Return the variant that calls are made to take, if any."""
+    return _forced
+
+
 def variant(device: torch.device, queries: int) -> str:
     """Return the variant that wins for so many queries, where both can serve."""
     if _forced is not None:

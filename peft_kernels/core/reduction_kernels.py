@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask, last_to_arrive, load_scale
+from peft_kernels.core.device import keep_mask, last_to_arrive, load_scale, multiply_add
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _sum_tile(
         if LOWSUM:
             lowsum += tl.sum(low.to(tl.float32), axis=0)
         if PRODUCT:
-            acc = tl.dot(tl.trans(v), low, acc, input_precision=PRECISION)
+            acc = multiply_add(tl.trans(v), low, acc, PRECISION)
 
     finished = True
     if SPLITS > 1:

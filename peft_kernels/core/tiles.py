@@ -209,6 +209,11 @@ def forced_variant(variant: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """Return the variant that launches are made to take, if any."""
+    return _forced
+
+
 def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
     if device.type != "cuda":
         return dict.fromkeys(_WIDE, _INTERPRETED)

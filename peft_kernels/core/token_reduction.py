@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_kernels.core import triton_runtime
 from peft_kernels.core.factors import Factor, Groups, Scaling
+from peft_kernels.core.launches import counters, launch
 from peft_kernels.core.reduction_kernels import _token_reduction_kernel
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.tiles import ReductionTile
@@ -84,11 +85,12 @@ def token_reduction(
     gradient = None if scaling is None else scaling.gradient
     if gradient is not None:
         scale_part = parts(rank_blocks * columns1)
-    counters = triton_runtime.counters(device, programs + 1)
-    _token_reduction_kernel[(tiles0 + tiles1, rank_blocks, groups.count if groups else splits)](
+    arrivals = counters(device, programs + 1)
+    launch(
+        _token_reduction_kernel, (tiles0 + tiles1, rank_blocks, groups.count if groups else splits),
         v0, first.low, out0, _some(lowsum, unused), v1, second.low, out1, _some(colsum, unused),
-        part0, lowsum_part, part1, colsum_part, counters, _some(seed, counters),
-        groups.order if groups else counters, groups.offsets if groups else counters,
+        part0, lowsum_part, part1, colsum_part, arrivals, _some(seed, arrivals),
+        groups.order if groups else arrivals, groups.offsets if groups else arrivals,
         scaling.weight if scaling else unused, _some(scaling.bias if scaling else None, unused),
         scaling.scale if scaling else 1.0, scaling.inverse_keep if scaling else 1.0,
         scale_part, _some(gradient, unused),

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import grouped_tile, keep_mask, load_scale
+from peft_kernels.core.device import grouped_tile, keep_mask, load_scale, multiply_add
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _low_rank_block(
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, offs_m, k // 4, tl.cdiv(K, 4), drop_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        acc = multiply_add(x, a, acc, PRECISION)
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K * stride_ak
     s = (acc * factor).to(s_ptr.dtype.element_ty)
@@ -78,7 +78,7 @@ def _add_low_rank(
             mask=mask_r[:, None] & (offs_n < N)[None, :],
             other=0.0,
         )
-        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+        acc = multiply_add(s, b, acc, PRECISION)
     return acc
 
 
@@ -144,7 +144,7 @@ def _base_product(
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = multiply_add(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
     return acc
@@ -257,12 +257,12 @@ def _lora_recompute_kernel(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = multiply_add(x, w, acc, PRECISION)
         if DROPOUT == 1:
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, offs_m, k // 4, tl.cdiv(K, 4), drop_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc_s = tl.dot(x, a, acc_s, input_precision=PRECISION)
+        acc_s = multiply_add(x, a, acc_s, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
         a_ptrs += BLOCK_K * stride_ak
@@ -279,7 +279,7 @@ def _lora_recompute_kernel(
         mask=mask_r[:, None] & (offs_n < N)[None, :],
         other=0.0,
     )
-    acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    acc = multiply_add(s, b, acc, PRECISION)
     _store_tile(acc, y_ptr, bias_ptr, offs_m, offs_n, M, N, HAS_BIAS)
 
 

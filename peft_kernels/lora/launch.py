@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from peft_kernels.core import tiles, triton_runtime
+from peft_kernels.core.launches import counters, launch, remembered
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.token_reduction import Factor, token_reduction
 from peft_kernels.lora import kernels
@@ -57,6 +58,7 @@ class _Operands:
         }
 
 
+@remembered
 def lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -78,6 +80,7 @@ def lora_forward(
         _product(operands, y)
 
 
+@remembered
 def lora_backward(
     dy: Tensor,
     x: Tensor,
@@ -152,12 +155,12 @@ def _product(operands: _Operands, y: Tensor) -> None:
         "num_stages": tile.num_stages,
     }
     if tile.variant == "recompute":
-        kernels._lora_recompute_kernel[(num_tiles,)](**arguments)
+        launch(kernels._lora_recompute_kernel, (num_tiles,), **arguments)
         return
     num_r = triton.cdiv(operands.a.shape[0], arguments["BLOCK_R"])
-    counters = triton_runtime.counters(x.device, 2 + num_m)
+    tickets = counters(x.device, 2 + num_m)
     programs = min(num_tiles + num_m * num_r, _resident_programs(x.device))
-    kernels._lora_ticket_kernel[(programs,)](**arguments, counters_ptr=counters)
+    launch(kernels._lora_ticket_kernel, (programs,), **arguments, counters_ptr=tickets)
 
 
 def _aligned(x: Tensor, w: Tensor) -> bool:
@@ -183,7 +186,9 @@ def _low_rank(operands: _Operands) -> None:
         triton.cdiv(x.shape[0], tile.block_m),
         triton.cdiv(operands.a.shape[0], arguments["BLOCK_R"]),
     )
-    kernels._low_rank_kernel[grid](
+    launch(
+        kernels._low_rank_kernel,
+        grid,
         **arguments,
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,
@@ -206,7 +211,9 @@ def _split(operands: _Operands, y: Tensor) -> None:
     tile = tiles.low_rank_tile(x.device, x.dtype)
     arguments = operands.low_rank()
     grid = (triton.cdiv(y.shape[0], tile.block_m), triton.cdiv(y.shape[1], tile.block_n))
-    kernels._masked_update_kernel[grid](
+    launch(
+        kernels._masked_update_kernel,
+        grid,
         y_ptr=y,
         s_ptr=operands.s,
         b_ptr=b,

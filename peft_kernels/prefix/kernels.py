@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask
+from peft_kernels.core.device import keep_mask, multiply_add
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
@@ -80,7 +80,7 @@ def _attend(
         v = load_block(
             v_ptr + base * stride_vn, offs * stride_vn, n + offs < stop, D, BLOCK_D, MASK
         )
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = multiply_add(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 
@@ -135,7 +135,7 @@ def _add_gated(
             keep = keep_mask(seed, rows, n // 4, groups, drop_threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         v = load_block(v_ptr + base * stride_vn, offs * stride_vn, exists, D, BLOCK_D, True)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = multiply_add(p.to(v.dtype), v, acc, PRECISION)
     return acc * unit[:, None]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask, last_to_arrive
+from peft_kernels.core.device import keep_mask, last_to_arrive, multiply, multiply_add
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
@@ -57,7 +57,7 @@ def _add_key_gradients(
     dout = load_block(
         dout_ptr, head * stride_oh + query64 * stride_om, exists, D, BLOCK_D, LOAD_MASK
     )
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    s = multiply(k, tl.trans(q), PRECISION)  # [BLOCK_N, BLOCK_M]
     p = exponential(s * score_scale - load_lse(lse_ptr, rows, exists, q)[None, :], q)
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
@@ -73,9 +73,9 @@ def _add_key_gradients(
         keep = tl.trans(keep_mask(seed, rows, column // 4, groups, drop_threshold, BLOCK_N))
         kept = tl.where(keep, p, 0.0)
     if NEED_DV:
-        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dv = multiply_add(kept.to(dout.dtype), dout, dv, PRECISION)
     if NEED_DK:
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dp = multiply(v, tl.trans(dout), PRECISION)
         if DROPOUT:
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
@@ -83,7 +83,7 @@ def _add_key_gradients(
         if HAS_DLSE and EXACT:
             ds += tl.load(dlse_ptr + rows, mask=exists, other=0.0)[None, :]
         ds *= p
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = multiply_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 

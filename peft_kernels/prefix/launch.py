@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from peft_kernels.core import prefix_tiles, triton_runtime
+from peft_kernels.core.launches import counters, launch, remembered
 from peft_kernels.prefix import (
     kernels,
     key_gradient_kernels,
@@ -20,6 +21,7 @@ from peft_kernels.prefix.alignment import call_aligned
 from peft_kernels.prefix.arguments import Call, some
 
 
+@remembered
 def prefix_forward(
     query: Tensor,
     key: Tensor,
@@ -51,7 +53,9 @@ def prefix_forward(
     if call_aligned(prefix_forward, arguments, range(5), (13,)):
         return
     with torch.cuda.device_of(query):
-        kernels._prefix_forward_kernel[(call.row_programs(tile),)](
+        launch(
+            kernels._prefix_forward_kernel,
+            (call.row_programs(tile),),
             gate_ptr=some(gate, lse),
             out_ptr=out,
             prefix_lse_ptr=some(prefix_lse, lse),
@@ -64,6 +68,7 @@ def prefix_forward(
         )
 
 
+@remembered
 def prefix_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -123,7 +128,9 @@ def prefix_backward(
     with torch.cuda.device_of(query):
         if exact or any(each is not None for each in (dquery, dkey, dprefix_key, dgate)):
             tile = call.tile("query")
-            query_gradient_kernels._prefix_query_gradient_kernel[(call.row_programs(tile),)](
+            launch(
+                query_gradient_kernels._prefix_query_gradient_kernel,
+                (call.row_programs(tile),),
                 gate_ptr=some(gate, lse),
                 out_ptr=out,
                 prefix_lse_ptr=some(prefix_lse, lse),
@@ -141,7 +148,9 @@ def prefix_backward(
         if (dkey is not None or dvalue is not None) and key.shape[2]:
             tile = call.tile("key")
             programs = key.shape[0] * key.shape[1] * triton.cdiv(key.shape[2], tile.block_n)
-            key_gradient_kernels._prefix_key_gradient_kernel[(programs,)](
+            launch(
+                key_gradient_kernels._prefix_key_gradient_kernel,
+                (programs,),
                 dk_ptr=some(dkey, out),
                 dv_ptr=some(dvalue, out),
                 NEED_DK=dkey is not None,
@@ -159,7 +168,8 @@ def prefix_backward(
             _prefix_gradient(call, common, gate, dprefix_key, dprefix_value)
         if dgate is not None and gate is not None:
             batch, heads, queries, _ = query.shape
-            query_gradient_kernels._gate_gradient_kernel[(heads,)](
+            launch(
+                query_gradient_kernels._gate_gradient_kernel, (heads,),
                 prefix_delta, gate, dgate, batch, heads, queries,
                 BLOCK=prefix_tiles.GATE_BLOCK, num_warps=4,
             )  # fmt: skip
@@ -192,15 +202,15 @@ def _prefix_gradient(
             return call.lse
         return torch.empty(splits * wanted.numel(), dtype=torch.float32, device=device)
 
-    key_gradient_kernels._prefix_gradient_kernel[
-        (triton.cdiv(length, tile.block_n), owners * kv_heads, splits)
-    ](
+    launch(
+        key_gradient_kernels._prefix_gradient_kernel,
+        (triton.cdiv(length, tile.block_n), owners * kv_heads, splits),
         gate_ptr=some(gate, call.lse),
         dk_ptr=some(dprefix_key, call.lse),
         dv_ptr=some(dprefix_value, call.lse),
         dk_part_ptr=parts(dprefix_key),
         dv_part_ptr=parts(dprefix_value),
-        counters_ptr=triton_runtime.counters(device, programs),
+        counters_ptr=counters(device, programs),
         B=sharing,
         SPLITS=splits,
         GATED=gate is not None,

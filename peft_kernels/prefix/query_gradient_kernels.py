@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask
+from peft_kernels.core.device import keep_mask, multiply, multiply_add
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
@@ -62,7 +62,7 @@ def _block_of_keys(
         MASK, BOUNDED, KEY_MASK, PRECISION,
     )  # fmt: skip
     p = exponential(s * score_scale - row_lse[:, None], q)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dp = multiply(dout, tl.trans(v), PRECISION)
     if DROPOUT:
         seed = tl.load(seed_ptr)
         keep = keep_mask(seed, rows, (column + n) // 4, groups, drop_threshold, BLOCK_N)
@@ -115,7 +115,7 @@ def _add_query_gradient(
         ds *= p
         if FACTOR:
             ds *= factor[:, None]
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = multiply_add(ds.to(k.dtype), k, dq, PRECISION)
     return dq
 
 

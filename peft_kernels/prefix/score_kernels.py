@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peft_kernels.core.device import multiply
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -28,7 +30,7 @@ def scores(
     MASK: whether any is unseen: those from ``stop`` on, or BOUNDED those outside of each row's
     [first, last), and under KEY_MASK those that it hides.
     """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = multiply(q, tl.trans(k), PRECISION)
     if MASK:
         if BOUNDED:
             seen = (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < last[:, None])

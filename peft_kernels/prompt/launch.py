@@ -7,10 +7,12 @@ import triton
 from torch import Tensor
 
 from peft_kernels.core import tiles
+from peft_kernels.core.launches import launch, remembered
 from peft_kernels.prompt import kernels, mask_bits
 from peft_kernels.prompt.reference import CHAIN
 
 
+@remembered
 def prompt_forward(
     input_ids: Tensor,
     weight: Tensor,
@@ -32,7 +34,8 @@ def prompt_forward(
     one, significant = mask_bits.bits(torch.int64 if mask is None else mask.dtype)
     with torch.cuda.device_of(weight):
         # Pointers that are never read still have to be pointers: positions stands in.
-        kernels._prompt_forward_kernel[(batch + batch * num_tiles,)](
+        launch(
+            kernels._prompt_forward_kernel, (batch + batch * num_tiles,),
             input_ids, weight, prompt,
             positions if mask is None else mask_bits.as_integers(mask),
             positions if labels is None else labels,
@@ -49,6 +52,7 @@ def prompt_forward(
         )  # fmt: skip
 
 
+@remembered
 def prompt_backward(
     d_embeddings: Tensor,
     input_ids: Tensor | None,
@@ -77,7 +81,8 @@ def _prompt_gradient(dy: Tensor, columns: Tensor | None, column: int, d_prompt: 
         triton.cdiv(length, tile.block_t),
         batch if per_sample else 1,
     )
-    kernels._prompt_gradient_kernel[grid](
+    launch(
+        kernels._prompt_gradient_kernel, grid,
         dy, d_prompt if columns is None else columns, d_prompt,
         batch, length, width, dy.stride(0), dy.stride(1), column,
         HAS_COLUMNS=columns is not None, PER_SAMPLE=per_sample, CHAIN=CHAIN,
@@ -98,7 +103,8 @@ def _table_gradient(
     block_d = tile.block_t * tile.block_d  # one row
     # Stable: equal ids stay in the order of their tokens, whatever the library's algorithm.
     ids, order = torch.sort(input_ids.flatten(), stable=True)
-    kernels._table_gradient_kernel[(len(ids), triton.cdiv(width, block_d))](
+    launch(
+        kernels._table_gradient_kernel, (len(ids), triton.cdiv(width, block_d)),
         dy, ids, order, order if columns is None else columns, d_weight,
         len(ids), tokens, dy.shape[1] - tokens, width, vocabulary, dy.stride(0), dy.stride(1),
         column, padding_idx,

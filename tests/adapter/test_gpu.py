@@ -35,9 +35,9 @@ def on_gpu(given: Problem) -> Problem:
     return replace(given, tensors=tensors, dy=given.dy.cuda(), seed=given.seed.cuda())
 
 
-def run(given: Problem) -> dict[str, Tensor]:
+def run(given: Problem, backend: str = "triton") -> dict[str, Tensor]:
     inputs = given.inputs()
-    return results(fused(given, inputs, "triton"), inputs, given.dy)
+    return results(fused(given, inputs, backend), inputs, given.dy)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from bench.lora.baselines import EAGER, FROZEN
 from bench.lora.cases import LoRACase
 from bench.lora.method import TRITON
-from bench.measure import device_times
+from bench.measure import device_times, replayed, wall_times
 from bench.memory import count_launches, peak_bytes
 from bench.method import BOTH, FORWARD
 from bench.rows import PeakTable, measure_case
@@ -30,6 +30,22 @@ def test_device_times_tell_a_large_product_from_a_small_one() -> None:
     b = a[:256, :256].contiguous()
     times = device_times({"large": lambda: a @ a, "small": lambda: b @ b}, 0.1)
     assert times["large"].p20_ms > 2 * times["small"].p20_ms
+
+
+def test_launches_are_timed_without_the_host_and_what_waits_for_it_is_timed_too() -> None:
+    x = torch.randn(64, device="cuda")
+
+    def many() -> torch.Tensor:
+        y = x
+        for _ in range(50):
+            y = y * 1.001
+        return y
+
+    times = device_times({"many": many, "waiting": lambda: (x * 2).sum().item()}, 0.1)
+    wall = wall_times({"many": many}, 0.1, synchronize=torch.cuda.synchronize)
+    assert times["many"].p20_ms < wall["many"].p20_ms
+    assert times["waiting"].p20_ms > 0
+    assert replayed(many) is not many
 
 
 def test_rows_of_a_case_pass_the_gate_and_hold_times() -> None:

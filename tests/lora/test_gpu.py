@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_kernels import LoRALinear, explain, lora_linear
 from peft_kernels.core import rng, tiles
 from tests.lora.problems import Problem, check, fused, problem, results
+from tests.numerics import assert_as_accurate_as_eager
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -239,8 +240,12 @@ def test_results_beyond_two_to_the_31_elements() -> None:
     y = lora_linear(x, *arguments, scale=1.5, backend="triton")
     assert y.numel() > 2**31
     for rows in (slice(0, 64), slice(-64, None)):
-        last = lora_linear(x[rows], *arguments, scale=1.5, backend="reference")
-        torch.testing.assert_close(y[rows], last, rtol=2e-2, atol=2e-2)
+        eager, exact = (
+            lora_linear(x[rows].to(dtype), *(t.to(dtype) for t in arguments), scale=1.5,
+                        backend="reference")
+            for dtype in (torch.bfloat16, torch.float64)
+        )  # fmt: skip
+        assert_as_accurate_as_eager("y", y[rows], [eager], exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

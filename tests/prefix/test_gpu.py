@@ -102,7 +102,7 @@ def assert_a_captured_graph_replays(backend: str) -> None:
 
 
 def assert_no_prefix_for_each_row_is_allocated(backend: str) -> None:
-    batch, prefix = 64, 4096
+    batch, prefix = 512, 4096
     q = torch.randn(batch, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(batch, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
     one = torch.randn(2, prefix, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -1,0 +1,135 @@
+"""Remembered launches are what direct ones are, and what cannot be remembered runs as it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_kernels.core import launches, tiles, triton_runtime
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(triton_runtime.import_problem() is not None, reason="needs Triton: not run")
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix", "prompt"])
+def test_a_remembered_call_launches_what_a_direct_one_does(method: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.core.remembered_launches", method],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "replayed" in done.stdout
+
+
+class _Kernel:
+    """A kernel that is called with one tensor and a number, and compiled to itself."""
+
+    arg_names = ("x_ptr", "number")
+
+    def __getitem__(self, grid: Any) -> Callable[..., _Kernel]:
+        return lambda *args, **named: self
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """How each call ran, "prepared" or "replayed", with CPU tensors remembered too."""
+    found: list[str] = []
+    monkeypatch.setattr(launches, "serves", lambda device: True)
+    monkeypatch.setattr(launches._Tape, "replay", lambda *args: found.append("replayed"))
+    yield found
+
+
+def remembering(calls: list[str], body: Callable[..., Any]) -> Callable[..., None]:
+    @launches.remembered
+    def launcher(*args: Any, **options: Any) -> None:
+        calls.append("prepared")
+        body(*args, **options)
+
+    return launcher
+
+
+def launch_first(x: Tensor, *rest: Any, **options: Any) -> None:
+    launches.launch(_Kernel(), (1,), x, number=3)
+
+
+def test_a_call_is_prepared_once_for_each_kind_of_arguments(calls: list[str]) -> None:
+    launcher = remembering(calls, launch_first)
+    whole = torch.zeros(8, 16)
+    for arguments in (
+        (torch.zeros(4, 16), 1), (torch.zeros(5, 16), 1), (whole[:4, ::2], 1),
+        (torch.zeros(4, 16, dtype=torch.float16), 1), (torch.zeros(65)[1:].view(4, 16), 1),
+        (torch.zeros(4, 16), True), (torch.zeros(4, 16), 1.0), (torch.zeros(4, 16), None),
+        (torch.zeros(4, 16), torch.zeros(4, 16)), (whole, whole), (torch.zeros(8, 16), whole),
+    ):  # fmt: skip
+        calls.clear()
+        launcher(*arguments)
+        launcher(*arguments)
+        assert calls == ["prepared", "replayed"], arguments
+
+
+def test_settings_and_options_are_part_of_the_kind(calls: list[str]) -> None:
+    launcher = remembering(calls, launch_first)
+    x = torch.zeros(4)
+    launcher(x)
+    with tiles.forced_variant("split"):
+        launcher(x)
+    launcher(x, partial=True)
+    launcher(x, partial=False)
+    launcher(x)
+    assert calls == ["prepared"] * 4 + ["replayed"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x.zero_(),
+        lambda x: x[1:],
+        lambda x: launches.launch(_Kernel(), (1,), x.storage_offset_view, number=1),
+    ],
+    ids=["an operator", "a view from elsewhere", "an error"],
+)
+def test_what_did_more_than_launch_runs_every_time(calls: list[str], body: Any) -> None:
+    launcher = remembering(calls, body)
+    for _ in range(2):
+        try:
+            launcher(torch.zeros(4))
+        except AttributeError:
+            pass
+    assert calls == ["prepared", "prepared"]
+
+
+def test_a_launch_of_an_unknown_tensor_is_not_remembered(calls: list[str]) -> None:
+    kept = torch.zeros(4)
+    launcher = remembering(calls, lambda x: launches.launch(_Kernel(), (1,), kept, number=1))
+    for _ in range(2):
+        launcher(torch.zeros(4))
+    assert calls == ["prepared", "prepared"]
+
+
+def test_tapes_do_not_pile_up(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "MOST_TAPES", 2)
+    launcher = remembering(calls, launch_first)
+    for size in (1, 2, 3, 3, 1):
+        launcher(torch.zeros(size))
+    assert calls == ["prepared"] * 3 + ["replayed", "prepared"]
+
+
+def test_counters_of_a_launch_are_those_asked_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(triton_runtime, "counters", lambda device, size: buffer)
+    tape = launches._Tape([])
+    tape.counted(2, buffer)
+    tape.launched(_Kernel(), (1,), [buffer])
+    tape.counted(50, buffer)
+    tape.launched(_Kernel(), (1,), [buffer])
+    assert [places for _, _, places in tape.launches] == [[(0, -1)], [(0, -2)]]
+    assert tape.counters == [2, 50] and tape.complete
