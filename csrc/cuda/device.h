@@ -164,6 +164,8 @@ PK_DEVICE uint16_t float_to_half(float value) {
 }
 PK_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 PK_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+// a b + c, rounded once.
+PK_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
 // d += a b of one 16x16 and one 16x8 matrix, in the registers of a warp as mma.sync has them.
 template <typename T>

@@ -98,20 +98,25 @@ struct SameRow {
   PK_DEVICE int64_t operator()(int64_t row) const { return row; }
 };
 
-// kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_>
+// kDepthAtOnce: how much of the depth is unrolled, and in float summed for itself.
+template <
+    int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_,
+    int kDepthAtOnce_ = kDepth_>
 struct Shape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_;
+  static constexpr int kDepthAtOnce = kDepthAtOnce_;
+  static_assert(kDepth % kDepthAtOnce == 0);
   static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
   static constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
 };
 
 // The accumulators of a tile, held by the threads of a block; visit() names each by its place.
+// kRowsAlong, kColumnsAlong: the operand's unit stride is along the depth.
 template <typename T, typename S, bool kRowsAlong, bool kColumnsAlong>
 class Product {
   static constexpr int kTilesM = S::kRows / S::kWarpRows / 16;
   static constexpr int kTilesN = S::kColumns / S::kWarpColumns / 8;
-  static_assert(kTilesM > 0 && kTilesN > 0 && kTilesN % 2 == 0 && S::kDepth % 16 == 0);
+  static_assert(kTilesM > 0 && kTilesN > 0 && kTilesN % 2 == 0 && S::kDepthAtOnce % 16 == 0);
 
   float sum_[kTilesM][kTilesN][4];
 
@@ -119,6 +124,9 @@ class Product {
   PK_DEVICE static int first_column() { return device::warp() % S::kWarpColumns * kTilesN * 8; }
 
  public:
+  // Rows of a thread, and how many neighbouring lanes share them where kWarpColumns is one.
+  static constexpr int kSlots = 2 * kTilesM, kRowLanes = 4;
+
   PK_DEVICE void clear() {
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n)
@@ -128,43 +136,61 @@ class Product {
   PK_DEVICE void multiply(const T* rows, const T* columns) {
     // Lane 8 q + r gives row r of the q-th matrix.
     const int r = device::lane() % 8, q = device::lane() / 8;
-    PK_UNROLL for (int k = 0; k < S::kDepth; k += 16) {
-      uint32_t b[kTilesN][2];
-      PK_UNROLL for (int n = 0; n < kTilesN; n += 2) {
-        const int column = first_column() + n * 8;
-        uint32_t four[4];
-        if constexpr (kColumnsAlong)
-          device::ldmatrix_x4(
-              four, columns + (column + q / 2 * 8 + r) * padded<T>(S::kDepth) + k + q % 2 * 8);
-        else
-          device::ldmatrix_x4_transposed(
-              four, columns + (k + q % 2 * 8 + r) * padded<T>(S::kColumns) + column + q / 2 * 8);
-        b[n][0] = four[0], b[n][1] = four[1];
-        b[n + 1][0] = four[2], b[n + 1][1] = four[3];
+    // Where not all is unrolled, loads far ahead take no registers from the sums.
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += S::kDepthAtOnce)
+      PK_UNROLL for (int k = k0; k < k0 + S::kDepthAtOnce; k += 16) {
+        uint32_t a[kTilesM][4];
+        PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
+          const int row = first_row() + m * 16;
+          if constexpr (kRowsAlong)
+            device::ldmatrix_x4(
+                a[m], rows + (row + q % 2 * 8 + r) * padded<T>(S::kDepth) + k + q / 2 * 8);
+          else
+            device::ldmatrix_x4_transposed(
+                a[m], rows + (k + q / 2 * 8 + r) * padded<T>(S::kRows) + row + q % 2 * 8);
+        }
+        PK_UNROLL for (int n = 0; n < kTilesN; n += 2) {
+          const int column = first_column() + n * 8;
+          uint32_t four[4];
+          if constexpr (kColumnsAlong)
+            device::ldmatrix_x4(
+                four, columns + (column + q / 2 * 8 + r) * padded<T>(S::kDepth) + k + q % 2 * 8);
+          else
+            device::ldmatrix_x4_transposed(
+                four, columns + (k + q % 2 * 8 + r) * padded<T>(S::kColumns) + column + q / 2 * 8);
+          const uint32_t left[2] = {four[0], four[1]}, right[2] = {four[2], four[3]};
+          PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
+            device::mma_16x8x16<T>(sum_[m][n], a[m], left);
+            device::mma_16x8x16<T>(sum_[m][n + 1], a[m], right);
+          }
+        }
       }
-      PK_UNROLL for (int m = 0; m < kTilesM; ++m) {
-        const int row = first_row() + m * 16;
-        uint32_t a[4];
-        if constexpr (kRowsAlong)
-          device::ldmatrix_x4(
-              a, rows + (row + q % 2 * 8 + r) * padded<T>(S::kDepth) + k + q / 2 * 8);
-        else
-          device::ldmatrix_x4_transposed(
-              a, rows + (k + q / 2 * 8 + r) * padded<T>(S::kRows) + row + q % 2 * 8);
-        PK_UNROLL for (int n = 0; n < kTilesN; ++n) device::mma_16x8x16<T>(sum_[m][n], a, b[n]);
-      }
-    }
   }
 
-  // f(row, column, float&) for each accumulator of this thread, places within the tile.
+  // f(slot, column, float&) for each accumulator of this thread: slot says which of its rows, the
+  // column is within the tile.
   template <typename F>
-  PK_DEVICE void visit(F f) {
-    const int g = device::lane() / 4, t = device::lane() % 4;
+  PK_DEVICE void visit_slots(F f) {
+    visit_with(*this, [&](int slot, int column, float& sum, float&) { f(slot, column, sum); });
+  }
+  // f(slot, column, float&, float&) of this and another product's.
+  template <typename F>
+  PK_DEVICE void visit_with(Product& other, F f) {
+    const int t = device::lane() % 4;
     PK_UNROLL for (int m = 0; m < kTilesM; ++m)
       PK_UNROLL for (int n = 0; n < kTilesN; ++n)
         PK_UNROLL for (int i = 0; i < 4; ++i)
-          f(first_row() + m * 16 + g + i / 2 * 8, first_column() + n * 8 + 2 * t + i % 2,
-            sum_[m][n][i]);
+          f(m * 2 + i / 2, first_column() + n * 8 + 2 * t + i % 2, sum_[m][n][i],
+            other.sum_[m][n][i]);
+  }
+  PK_DEVICE static int row_of(int slot) {
+    return first_row() + slot / 2 * 16 + device::lane() / 4 + slot % 2 * 8;
+  }
+
+  // f(row, column, float&) likewise, the row within the tile.
+  template <typename F>
+  PK_DEVICE void visit(F f) {
+    visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
   // Set to zero what dropout drops of a matrix of `columns` columns, this tile at (row0, column0);
@@ -192,56 +218,76 @@ class Product {
   }
 };
 
-// float: a thread has eight rows and four columns, each kThreadRows or kThreadColumns apart.
+// float: a thread has eight rows and some columns, each kThreadRows or kThreadColumns apart.
 template <typename S, bool kRowsAlong, bool kColumnsAlong>
 class Product<float, S, kRowsAlong, kColumnsAlong> {
-  static constexpr int kThreadColumns = S::kColumns / 4, kThreadRows = S::kRows / 8;
+  static constexpr int kN = S::kRows * S::kColumns / S::kThreads / 8;
+  static constexpr int kThreadColumns = S::kColumns / kN, kThreadRows = S::kRows / 8;
   static_assert(kThreadRows * kThreadColumns == S::kThreads && kThreadColumns % 4 == 0);
 
-  float sum_[8][4];
+  float sum_[8][kN];
 
   PK_DEVICE static int first_row() { return device::thread_x() / kThreadColumns; }
   PK_DEVICE static int first_column() { return device::thread_x() % kThreadColumns; }
 
  public:
+  static constexpr int kSlots = 8, kRowLanes = kThreadColumns;
+
   PK_DEVICE void clear() {
     PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] = 0.0f;
+      PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] = 0.0f;
   }
 
-  // The block's products are summed before they are added: one chain over all of the depth would round
-  // too often.
+  // A piece's products are summed before they are added: one chain over all of the depth would
+  // round too often. In several pieces each product is rounded with its sum: attention, which has
+  // them, is held to more than the other products are.
   PK_DEVICE void multiply(const float* rows, const float* columns) {
-    float part[8][4] = {};
-    PK_UNROLL for (int k = 0; k < S::kDepth; ++k) {
-      float b[4];
-      PK_UNROLL for (int n = 0; n < 4; ++n) {
-        const int column = first_column() + n * kThreadColumns;
-        b[n] = columns[kColumnsAlong ? column * padded<float>(S::kDepth) + k
-                                     : k * padded<float>(S::kColumns) + column];
+    PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += S::kDepthAtOnce) {
+      float part[8][kN] = {};
+      PK_UNROLL for (int k = k0; k < k0 + S::kDepthAtOnce; ++k) {
+        float b[kN];
+        PK_UNROLL for (int n = 0; n < kN; ++n) {
+          const int column = first_column() + n * kThreadColumns;
+          b[n] = columns[kColumnsAlong ? column * padded<float>(S::kDepth) + k
+                                       : k * padded<float>(S::kColumns) + column];
+        }
+        PK_UNROLL for (int m = 0; m < 8; ++m) {
+          const int row = first_row() + m * kThreadRows;
+          const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
+                                          : k * padded<float>(S::kRows) + row];
+          PK_UNROLL for (int n = 0; n < kN; ++n)
+            part[m][n] = S::kDepthAtOnce < S::kDepth
+                             ? device::multiply_add(a, b[n], part[m][n])
+                             : part[m][n] + a * b[n];
+        }
       }
-      PK_UNROLL for (int m = 0; m < 8; ++m) {
-        const int row = first_row() + m * kThreadRows;
-        const float a = rows[kRowsAlong ? row * padded<float>(S::kDepth) + k
-                                        : k * padded<float>(S::kRows) + row];
-        PK_UNROLL for (int n = 0; n < 4; ++n) part[m][n] += a * b[n];
-      }
+      PK_UNROLL for (int m = 0; m < 8; ++m)
+        PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] += part[m][n];
     }
-    PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < 4; ++n) sum_[m][n] += part[m][n];
   }
 
   template <typename F>
-  PK_DEVICE void visit(F f) {
+  PK_DEVICE void visit_slots(F f) {
+    visit_with(*this, [&](int slot, int column, float& sum, float&) { f(slot, column, sum); });
+  }
+  template <typename F>
+  PK_DEVICE void visit_with(Product& other, F f) {
     PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < 4; ++n)
-        f(first_row() + m * kThreadRows, first_column() + n * kThreadColumns, sum_[m][n]);
+      PK_UNROLL for (int n = 0; n < kN; ++n)
+        f(m, first_column() + n * kThreadColumns, sum_[m][n], other.sum_[m][n]);
+  }
+  PK_DEVICE static int row_of(int slot) { return first_row() + slot * kThreadRows; }
+
+  template <typename F>
+  PK_DEVICE void visit(F f) {
+    visit_slots([&](int slot, int column, float& sum) { f(row_of(slot), column, sum); });
   }
 
   template <typename RowOf = SameRow>
   PK_DEVICE void drop(
       int64_t row0, int64_t column0, int64_t columns, const Dropout& dropout, RowOf row_of = {}) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+    static_assert(kN == 4);
     const int within = device::lane() % 4;
     // Four lanes share the four columns that one call draws: each draws one of their four groups.
     PK_UNROLL for (int m = 0; m < 8; ++m) {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import backend as backends
-from peft_kernels.core import prefix_tiles, triton_runtime
+from peft_kernels.core import cuda_library, prefix_tiles, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import narrow, packed, widen
-from peft_kernels.prefix import check, cpp, reference, split
+from peft_kernels.prefix import check, cpp, cuda, reference, split
 
 
 class PrefixSpec(NamedTuple):
@@ -95,6 +95,7 @@ PREFIX_ATTENTION = backends.Op(
         backends.Backend(
             "triton", _triton_forward, _triton_backward, _triton_why_not, _triton_plan
         ),
+        cuda_library.backend(cuda),
         backends.Backend("cpp", cpp.forward, cpp.backward, cpp.why_not, _cpp_plan),
         backends.Backend("reference", reference.forward, reference.backward, lambda spec: None),
     ),

@@ -21,7 +21,10 @@ from tests.compile.cross import disassemble
 
 CACHE = cuda_build.ROOT / "build" / "cuda_compile"
 # Copies and sums: every other kernel makes products.
-WITHOUT_PRODUCTS = ("prompt_forward_kernel", "prompt_gradient_kernel", "table_gradient_kernel")
+WITHOUT_PRODUCTS = (
+    "prompt_forward_kernel", "prompt_gradient_kernel", "table_gradient_kernel",
+    "prefix_parts_kernel", "prefix_gate_gradient_kernel",
+)  # fmt: skip
 _FIELDS = {
     "registers": r"Used (\d+) registers",
     "spills": r"(\d+) bytes spill stores",

@@ -11,8 +11,13 @@ from tests.adapter import problems as adapters
 from tests.adapter import test_gpu as adapter
 from tests.lora import test_gpu as lora
 from tests.lora.problems import judge
+from tests.prefix import problems as attention
+from tests.prefix import test_gpu as prefix
+from tests.prefix.conftest import poisoned_allocations
 from tests.prompt import test_gpu as prompt
 from tests.prompt.problems import assert_same, fused, gradients, problem
+
+__all__ = ["poisoned_allocations"]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +124,92 @@ def test_prompt_gives_the_bits_of_the_cpu(
     wanted, got = gradients(given, expected, leaves), gradients(moved, found, there)
     for name in wanted:
         assert_same(got[name].cpu(), wanted[name], name)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [64, 80])
+@pytest.mark.parametrize("layout", prefix.LAYOUTS)
+def test_prefix_is_as_accurate_as_eager(
+    layout: str, size: int, dtype: torch.dtype, poisoned_allocations: None
+) -> None:
+    # One query: few numbers decide, so that several problems are judged as one.
+    seeds = range(16 if layout == "decoding" else 1)
+    sizes = prefix.LAYOUTS[layout] | {"size": size, "dtype": dtype}
+    cases = [prefix.on_gpu(attention.problem(**sizes, seed=seed)) for seed in seeds]
+    attention.check_together(cases, "cuda", dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [1, 16, 20, 40, 96, 128, 192, 256])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_prefix_serves_every_head_size(
+    dropout_p: float, size: int, dtype: torch.dtype, poisoned_allocations: None
+) -> None:
+    cases = [
+        attention.problem(
+            queries=130, keys=150, prefix=70, size=size, causal=True, dtype=dtype,
+            dropout_p=dropout_p, seed=seed,
+        )
+        for seed in range(max(1, 16 // size))
+    ]  # fmt: skip
+    attention.check_together([prefix.on_gpu(each) for each in cases], "cuda", dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [64, 100, 256])
+def test_a_gate_of_zero_is_bit_for_bit_no_prefix(size: int, dtype: torch.dtype) -> None:
+    prefix.assert_a_gate_of_zero_is_no_prefix(size, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("gate", [1e-5, 0.3, 3.0])
+def test_a_gate_of_any_size(gate: float, dtype: torch.dtype) -> None:
+    cases = [
+        attention.problem(
+            queries=70, keys=100, prefix=40, padding="all", gated=True, dtype=dtype, seed=seed
+        )
+        for seed in range(4)
+    ]
+    for given in cases:
+        given.tensors["gate"] = torch.tensor([gate, -gate, gate, 2 * gate])
+    found = attention.check_together([prefix.on_gpu(given) for given in cases], "cuda", dtype)
+    assert found["d gate"].abs().min() > 0
+
+
+@DTYPES
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_prefix_repeats_bit_for_bit(gated: bool, dtype: torch.dtype) -> None:
+    prefix.assert_runs_repeat(gated, dtype, "cuda")
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_prefix_drops_what_triton_drops(gated: bool) -> None:
+    """Values that are unit vectors show which probabilities are left."""
+    given = attention.problem(
+        queries=150, keys=60, prefix=68, size=128, gated=gated, dtype=torch.bfloat16, dropout_p=0.3
+    )
+    units = torch.eye(128, dtype=torch.bfloat16)
+    given.tensors["prefix_value"] = units[:68].expand(2, -1, -1)
+    given.tensors["value"] = units[68:].expand(2, 2, -1, -1)
+    moved = prefix.on_gpu(given)
+    out, _ = attention.fused(moved, moved.inputs(), "cuda")
+    other, _ = attention.fused(moved, moved.inputs(), "triton")
+    expected = attention.keep_masks(given)
+    assert expected is not None
+    assert torch.equal((out != 0).cpu(), torch.cat(expected, -1))
+    assert torch.equal(out != 0, other != 0)
+
+
+def test_a_captured_prefix_graph_replays() -> None:
+    prefix.assert_a_captured_graph_replays("cuda")
+
+
+def test_nothing_of_the_size_of_a_prefix_for_each_row_is_allocated() -> None:
+    prefix.assert_no_prefix_for_each_row_is_allocated("cuda")
+
+
+def test_queries_beyond_two_to_the_31_elements() -> None:
+    prefix.assert_queries_beyond_two_to_the_31_elements("cuda")
 
 
 def test_it_runs_on_the_current_stream_and_in_a_graph() -> None:

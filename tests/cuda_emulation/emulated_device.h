@@ -167,6 +167,10 @@ inline uint32_t float_to_bits(float value) {
   __builtin_memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+// The product is exact in double: rounded once, but for ties that double makes.
+inline float multiply_add(float a, float b, float c) {
+  return static_cast<float>(static_cast<double>(a) * b + c);
+}
 
 template <typename... P, typename... A>
 int launch(

@@ -134,21 +134,19 @@ def visible(given: Problem) -> Tensor:
     batch, _, queries, keys, _ = given.sizes
     causal, window = given.options["causal"], given.options["window"]
     mask, offsets = given.options.get("key_mask"), given.options.get("cu_seqlens")
-    segments = [0] * keys
-    if offsets is not None:
-        starts = offsets.tolist()
-        segments = [sum(start <= j for start in starts) for j in range(keys)]
-    found = torch.zeros(batch, queries, keys, dtype=torch.bool)
-    for i in range(queries):
+    starts = [] if offsets is None else offsets.tolist()
+    segments = [sum(start <= j for start in starts) for j in range(keys)]
+
+    def sees(i: int, j: int) -> bool:
         at = i + keys - queries
-        for j in range(keys):
-            seen = j <= at if causal else True
-            if window is not None:
-                seen &= at - j < window if causal else abs(at - j) < window
-            if offsets is not None:
-                seen &= segments[at] == segments[j]
-            found[:, i, j] = seen
-    found = found.to(given.query.device)
+        seen = j <= at if causal else True
+        if window is not None:
+            seen &= at - j < window if causal else abs(at - j) < window
+        return seen and (offsets is None or segments[at] == segments[j])
+
+    pairs = [[sees(i, j) for j in range(keys)] for i in range(queries)]
+    found = torch.tensor(pairs, dtype=torch.bool, device=given.query.device)
+    found = found.view(queries, keys).expand(batch, -1, -1)
     return found if mask is None else found & mask[:, None, :]
 
 
@@ -288,6 +286,34 @@ def check(
 
     ``others`` are results of PyTorch's in ``dtype`` beside the formula's, for the same measure.
     """
+    exact, same_dtype, actual = _measured(given, backend, dtype)
+    _judge(actual, exact, [*same_dtype, *others], dtype)
+    return actual
+
+
+def check_together(
+    given: Sequence[Problem], backend: str | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Judge problems of one layout as one larger, and return its results, one behind the other.
+
+    Of few numbers eager's worst error is luck, and may be far below what it is of many.
+    """
+    measured = [_measured(each, backend, dtype) for each in given]
+
+    def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    exact, same_dtype, actual = zip(*measured, strict=True)
+    eager_results = [joined(parts) for parts in zip(*same_dtype, strict=True)]
+    found = joined(actual)
+    _judge(found, joined(exact), eager_results, dtype)
+    return found
+
+
+def _measured(
+    given: Problem, backend: str | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the results in float64, those of eager PyTorch in ``dtype``, and a backend's."""
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dout, given.dlse)
     narrow = given.inputs(dtype)
@@ -298,6 +324,15 @@ def check(
     assert torch.equal(actual["lse"].isneginf(), exact["lse"].isneginf())
     for results_ in (exact, actual, *same_dtype):
         results_["lse"] = finite(results_["lse"])
+    return exact, same_dtype, actual
+
+
+def _judge(
+    actual: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    same_dtype: Sequence[dict[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
     for name, value in actual.items():
         if not exact[name].any():
             # Nothing is seen, or nothing depends on it: exactly zero, not nearly.
@@ -307,6 +342,5 @@ def check(
             # The measure itself: it has no error to be judged by.
             torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-12)
             continue
-        judged = [each[name] for each in (*same_dtype, *others) if name in each]
+        judged = [each[name] for each in same_dtype if name in each]
         assert_as_accurate_as_eager(name, value, judged, exact[name], dtype)
-    return actual

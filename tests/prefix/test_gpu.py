@@ -52,9 +52,84 @@ def on_gpu(given: Problem) -> Problem:
     )
 
 
-def run(given: Problem) -> dict[str, Tensor]:
+def run(given: Problem, backend: str = "triton") -> dict[str, Tensor]:
     inputs = given.inputs()
-    return results(fused(given, inputs, "triton"), inputs, given.dout, given.dlse)
+    return results(fused(given, inputs, backend), inputs, given.dout, given.dlse)
+
+
+def assert_a_gate_of_zero_is_no_prefix(size: int, dtype: torch.dtype, backend: str) -> None:
+    given = on_gpu(
+        problem(queries=300, keys=333, prefix=70, size=size, causal=True, gated=True, dtype=dtype)
+    )
+    inputs = given.inputs()
+    inputs["gate"] = torch.zeros(4, device="cuda")
+    out, lse = fused(given, inputs, backend)
+    bare = {name: t[..., :0, :] if "prefix" in name else t for name, t in inputs.items()}
+    del bare["gate"]
+    expected, expected_lse = fused(given, bare, backend)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def assert_runs_repeat(gated: bool, dtype: torch.dtype, backend: str) -> None:
+    given = on_gpu(
+        problem(8, 16, 4, 500, 500, 200, 64, causal=True, gated=gated, dtype=dtype, dropout_p=0.1)
+    )
+    first = run(given, backend)
+    for _ in range(5):
+        again = run(given, backend)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def assert_a_captured_graph_replays(backend: str) -> None:
+    given = on_gpu(
+        problem(4, 8, 2, 200, 200, 70, 64, causal=True, dtype=torch.bfloat16, dropout_p=0.1)
+    )
+    expected = run(given, backend)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(given, backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(given, backend)
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def assert_no_prefix_for_each_row_is_allocated(backend: str) -> None:
+    batch, prefix = 512, 4096
+    q = torch.randn(batch, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(batch, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
+    one = torch.randn(2, prefix, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prefix_attention(q, k, k, one, one, causal=True, backend=backend).sum().backward()
+    expanded = batch * one.numel() * one.element_size()
+    assert torch.cuda.max_memory_allocated() - before < expanded / 2
+
+
+def assert_queries_beyond_two_to_the_31_elements(backend: str) -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    # 2 x 16 x 600000 x 128 elements of q; each query sees a prefix and the keys of its window.
+    queries = 600_000
+    q = torch.randn(2, queries, 16, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.randn(2, queries, 1, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    one = torch.randn(1, 20, 128, device="cuda", dtype=torch.bfloat16)
+    out = prefix_attention(q, k, k, one, one, causal=True, window=40, backend=backend)
+    assert out.numel() > 2**31
+    tail = slice(queries - 128, None)
+    expected = prefix_attention(
+        q[:, :, -64:], k[:, :, tail], k[:, :, tail], one, one, causal=True, window=40,
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(out[:, :, -64:], expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture
@@ -98,79 +173,21 @@ def test_every_head_size(dropout_p: float, size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_a_gate_of_zero_is_bit_for_bit_no_prefix(size: int, dtype: torch.dtype) -> None:
-    given = on_gpu(
-        problem(queries=300, keys=333, prefix=70, size=size, causal=True, gated=True, dtype=dtype)
-    )
-    inputs = given.inputs()
-    inputs["gate"] = torch.zeros(4, device="cuda")
-    out, lse = fused(given, inputs, "triton")
-    bare = {name: t[..., :0, :] if "prefix" in name else t for name, t in inputs.items()}
-    del bare["gate"]
-    expected, expected_lse = fused(given, bare, "triton")
-    assert torch.equal(out, expected)
-    assert torch.equal(lse, expected_lse)
+    assert_a_gate_of_zero_is_no_prefix(size, dtype, "triton")
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_runs_repeat_bit_for_bit(gated: bool) -> None:
-    given = on_gpu(
-        problem(
-            8, 16, 4, 500, 500, 200, 64, causal=True, gated=gated, dtype=torch.bfloat16,
-            dropout_p=0.1,
-        )
-    )  # fmt: skip
-    first = run(given)
-    for _ in range(5):
-        again = run(given)
-        assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert_runs_repeat(gated, torch.bfloat16, "triton")
 
 
 def test_a_captured_graph_replays() -> None:
-    given = on_gpu(
-        problem(4, 8, 2, 200, 200, 70, 64, causal=True, dtype=torch.bfloat16, dropout_p=0.1)
-    )
-    expected = run(given)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(given)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(given)
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_a_captured_graph_replays("triton")
 
 
 def test_nothing_of_the_size_of_a_prefix_for_each_row_is_allocated() -> None:
-    batch, prefix = 512, 4096
-    q = torch.randn(batch, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(batch, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
-    one = torch.randn(2, prefix, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    prefix_attention(q, k, k, one, one, causal=True, backend="triton").sum().backward()
-    expanded = batch * one.numel() * one.element_size()
-    assert torch.cuda.max_memory_allocated() - before < expanded / 2
+    assert_no_prefix_for_each_row_is_allocated("triton")
 
 
 def test_queries_beyond_two_to_the_31_elements() -> None:
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of free GPU memory")
-    # 2 x 16 x 600000 x 128 elements of q; each query sees a prefix and the keys of its window.
-    queries = 600_000
-    q = torch.randn(2, queries, 16, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    k = torch.randn(2, queries, 1, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    one = torch.randn(1, 20, 128, device="cuda", dtype=torch.bfloat16)
-    out = prefix_attention(q, k, k, one, one, causal=True, window=40, backend="triton")
-    assert out.numel() > 2**31
-    tail = slice(queries - 128, None)
-    expected = prefix_attention(
-        q[:, :, -64:], k[:, :, tail], k[:, :, tail], one, one, causal=True, window=40,
-        backend="reference",
-    )  # fmt: skip
-    torch.testing.assert_close(out[:, :, -64:], expected, rtol=2e-2, atol=2e-2)
+    assert_queries_beyond_two_to_the_31_elements("triton")

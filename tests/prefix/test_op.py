@@ -77,7 +77,7 @@ BAD = [
     ({"dropout_p": 2.0, "training": False}, ValueError, r"dropout_p must lie in \[0, 1\)"),
     ({"dropout_p": 0.1, "seed": 7}, TypeError, r"seed must be an int64.*torch.tensor\(\[7\]"),
     ({"backend": "tritn"}, ValueError, "backend must be one of triton, cuda, cpp, reference"),
-    ({"backend": "cuda"}, BackendUnavailable, "prefix_attention has no cuda backend"),
+    ({"backend": "cuda"}, BackendUnavailable, "cuda: serves NVIDIA GPUs: move the tensors"),
 ]
 
 
