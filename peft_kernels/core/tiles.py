@@ -154,6 +154,11 @@ REDUCTION_TILES = {
     32: ReductionTile(64, 64, 32, 8, 3),
     64: ReductionTile(64, 64, 64, 8, 2),
 }
+# The fastest of eleven candidates on an H200, with and without dropout.
+_REDUCTION_TILES_BY_FAMILY = {
+    "sm_90": REDUCTION_TILES
+    | {16: ReductionTile(128, 64, 16, 8, 4), 64: ReductionTile(64, 128, 64, 8, 3)}
+}
 # A block of 64 ranks in float32 spills on some families.
 REDUCTION_TILES_32BIT = {
     16: ReductionTile(32, 64, 16, 8, 2),
@@ -273,13 +278,19 @@ def low_rank_tile(device: torch.device, dtype: torch.dtype) -> LoRATile:
 
 def reduction_tile(device: torch.device, dtype: torch.dtype, rank: int) -> ReductionTile:
     """Return the tile of the token-split gradient reduction."""
-    table = REDUCTION_TILES
-    if dtype == torch.float32:
-        exact = precision(dtype, device) == "ieee"
-        table = REDUCTION_TILES_EXACT if exact else REDUCTION_TILES_32BIT
     if device.type != "cuda":
         table = _REDUCTION_TILES_INTERPRETED
+    elif dtype != torch.float32:
+        table = family_reduction_tiles(family(device))
+    else:
+        exact = precision(dtype, device) == "ieee"
+        table = REDUCTION_TILES_EXACT if exact else REDUCTION_TILES_32BIT
     return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
+
+
+def family_reduction_tiles(name: str) -> dict[int, ReductionTile]:
+    """Return a family's 16-bit tiles of the reduction by the ranks of a block: 16, 32, above."""
+    return _REDUCTION_TILES_BY_FAMILY.get(name, REDUCTION_TILES)
 
 
 def lora_plan(

@@ -114,8 +114,9 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def _reductions(dtype: str) -> Iterator[Case]:
-    table = tiles.REDUCTION_TILES_32BIT if dtype == "fp32" else tiles.REDUCTION_TILES
+def _reductions(family: str, dtype: str) -> Iterator[Case]:
+    wide = dtype == "fp32"
+    table = tiles.REDUCTION_TILES_32BIT if wide else tiles.family_reduction_tiles(family)
     for tile in dict.fromkeys(table.values()):
         for dropout in (False, True):
             for splits in (1, 8):
@@ -189,7 +190,7 @@ def cases(family: str, dtype: str, method: str) -> list[Case]:
         return list(_prefixes(family, dtype, method == "prefix-complete"))
     if method == "adapter":
         return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
-    return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(dtype)]
+    return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(family, dtype)]
 
 
 def compile_case(case: Case, family: str) -> Report:
