@@ -16,7 +16,7 @@ import torch
 from peft_kernels.core import triton_runtime
 
 FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-VARIANTS = ("ticket", "recompute", "split")
+VARIANTS = ("ticket", "ticket_tma", "recompute", "split")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class LoRATile:
 
     Attributes:
         variant: "ticket" (producers of s and output tiles in one launch, ordered by an atomic
-            ticket), "recompute" (every output tile computes its own s), or "split" (library GEMM,
-            then s, then the rank-r update).
+            ticket), "ticket_tma" (the same by TMA, on Hopper), "recompute" (every output tile
+            computes its own s), or "split" (library GEMM, then s, then the rank-r update).
         block_m: rows (tokens) of a tile.
         block_n: columns of a tile.
         block_k: depth of one step of the main loop.
@@ -111,6 +111,17 @@ _COMPACT = _AMPERE | {
     "backward+": LoRATile("ticket", 128, 128, 32, 8, 3),
     "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
     "masked+": LoRATile("ticket", 128, 128, 32, 8, 3),
+}
+# Laid over the table of Hopper where "ticket_tma" is forced.
+_TMA = {
+    "small": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
+    "small+": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
+    "large": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "large+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "backward": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "backward+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "masked": LoRATile("ticket_tma", 128, 128, 64, 8, 4),
+    "masked+": LoRATile("ticket_tma", 128, 128, 64, 8, 4),
 }
 _BLACKWELL = _WIDE | {
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
@@ -197,7 +208,8 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 def forced_variant(variant: str | None) -> Iterator[None]:
     """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
 
-    "recompute" is served by "ticket" where it cannot run: ranks above 32, and dropout in backward.
+    "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
+    backward, "ticket_tma" off Hopper, for float32 and for unaligned operands.
     """
     global _forced
     if variant is not None and variant not in VARIANTS:
@@ -212,7 +224,17 @@ def forced_variant(variant: str | None) -> Iterator[None]:
 def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
     if device.type != "cuda":
         return dict.fromkeys(_WIDE, _INTERPRETED)
-    return _LORA_TF32 if dtype == torch.float32 else _LORA_16BIT[family(device)]
+    if dtype == torch.float32:
+        return _LORA_TF32
+    table = _LORA_16BIT[family(device)]
+    return table | _TMA if _forced == "ticket_tma" and _has_tma(device, dtype) else table
+
+
+def _has_tma(device: torch.device, dtype: torch.dtype, aligned: bool = True) -> bool:
+    """Return whether "ticket_tma" can run; the interpreter runs it as well."""
+    if device.type != "cuda":
+        return True
+    return aligned and dtype != torch.float32 and family(device) == "sm_90"
 
 
 def rank_block(rank: int) -> int:
@@ -252,7 +274,9 @@ def lora_tile(
     variant = _forced or ("split" if exact else tile.variant)
     if variant == "recompute" and (rank > 32 or direction == "masked"):
         variant = "ticket"
-    if variant == "ticket" and tile.variant == "recompute":
+    if variant == "ticket_tma" and not _has_tma(device, dtype, aligned):
+        variant = "ticket"
+    if variant in ("ticket", "ticket_tma") and tile.variant == "recompute":
         tile = table["small" + ("+" if rank > 16 else "")]
     return tile if variant == tile.variant else replace(tile, variant=variant)
 
@@ -299,6 +323,9 @@ def lora_cases() -> Iterator[tuple[str, str, str, LoRATile]]:
     """Yield (family, dtype, shape class, tile) of every LoRA launch the tables can choose."""
     for name in FAMILIES:
         for shape_class, tile in _LORA_16BIT[name].items():
+            for dtype in ("bf16", "fp16"):
+                yield name, dtype, shape_class, tile
+        for shape_class, tile in _TMA.items() if name == "sm_90" else ():
             for dtype in ("bf16", "fp16"):
                 yield name, dtype, shape_class, tile
         for suffix in ("", "+"):
