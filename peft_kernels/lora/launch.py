@@ -170,21 +170,25 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
     x, w, b = operands.x, operands.w, operands.b
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     k_inner = w.stride(1) == 1
-    # The kernel stores a tile in slices.
-    slice_n = block_n // (4 if operands.dropout == _ON_OUTPUT else 2)
+    # A masked slice also holds its low-rank product and the mask in registers.
+    slices = 2 if operands.dropout != _ON_OUTPUT else 4 if block_n <= 128 else 8
     arguments = operands.low_rank()
     del arguments["x_ptr"], arguments["stride_xm"]
     num_m = triton.cdiv(x.shape[0], block_m)
     num_r = triton.cdiv(b.shape[1], arguments["BLOCK_R"])
     num_tiles = num_m * triton.cdiv(w.shape[0], block_n)
-    programs = min(num_tiles + num_m * num_r, _resident_programs(x.device))
+    programs = _resident_programs(x.device)
+    if block_m * block_n > 128 * 128:
+        # The accumulators alone are half of the registers of a multiprocessor.
+        programs = triton.cdiv(programs, 2)
+    programs = min(num_tiles + num_m * num_r, programs)
     tma_kernels._lora_ticket_tma_kernel[(programs,)](
         **arguments,
         x_desc=_descriptor(x, [block_m, block_k]),
         w_desc=_descriptor(w, [block_n, block_k])
         if k_inner
         else _descriptor(w.t(), [block_k, block_n]),
-        y_desc=_descriptor(y, [block_m, slice_n]),
+        y_desc=_descriptor(y, [block_m, block_n // slices]),
         b_ptr=b,
         bias_ptr=operands.bias if operands.bias is not None else b,
         counters_ptr=triton_runtime.counters(x.device, 2 + num_m),
@@ -199,6 +203,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         HAS_BIAS=operands.bias is not None,
         THREADS=32 * tile.num_warps,
         LOW_RANK_STAGES=2 * tile.num_stages,
+        SLICES=slices,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from peft_kernels.core.device import grouped_tile, keep_mask, load_scale
-from peft_kernels.lora.kernels import _add_low_rank, _halves
+from peft_kernels.lora.kernels import _halves
 
 
 @triton.jit
@@ -48,13 +48,24 @@ def _low_rank_block(
 
 
 @triton.jit
+def _quarters(acc):
+    """Return the four quarters of the columns, without leaving the registers."""
+    left, right = _halves(acc)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
 def _base_product(
-    x_desc, w_desc, first_m, first_n, K,
+    x_desc, w_desc, bias_ptr, first_m, first_n, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    K_INNER: tl.constexpr, PRECISION: tl.constexpr,
+    K_INNER: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return x wᵀ of one tile, [BLOCK_M, BLOCK_N], in float32."""
+    """Return x wᵀ + bias of one tile, [BLOCK_M, BLOCK_N], in float32."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        # Loaded while the first blocks of x and w are on their way.
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([first_m, k])
         if K_INNER:
@@ -66,29 +77,61 @@ def _base_product(
 
 
 @triton.jit
-def _store_slice(
-    acc, y_desc, bias_ptr, first_m, first_n, N, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """Store COLUMNS columns of a tile, plus bias."""
-    if HAS_BIAS:
-        offs_n = first_n + tl.arange(0, COLUMNS)
-        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_desc.store([first_m, first_n], acc.to(y_desc.dtype))
+def _wait(flag_ptr, expected):
+    """Return when all of a row block of s is stored."""
+    while tl.atomic_add(flag_ptr, 0, sem="acquire") < expected:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _load_s(s_ptr, offs_m, offs_r, M, R):
+    # Not from L1: another program stored it during this launch.
+    return tl.load(
+        s_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :],
+        mask=(offs_m < M)[:, None] & (offs_r < R)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+
+
+@triton.jit
+def _load_b(b_ptr, offs_n, offs_r, N, R, stride_bn, stride_br):
+    return tl.load(
+        b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+        mask=(offs_r < R)[:, None] & (offs_n < N)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _add_low_rank(
+    acc, s, b, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return acc + s[m block] b[n block]ᵀ; the first BLOCK_R ranks of both are loaded already."""
+    acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    for r in tl.range(BLOCK_R, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s = _load_s(s_ptr, offs_m, offs_r, M, R)
+        b = _load_b(b_ptr, offs_n, offs_r, N, R, stride_bn, stride_br)
+        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _store_masked_slice(
-    acc, y_desc, s_ptr, b_ptr, seed, first_m, first_n, M, N, R, stride_bn, stride_br,
+    acc, y_desc, s, s_ptr, b_ptr, seed, first_m, first_n, M, N, R, stride_bn, stride_br,
     drop_threshold, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store acc + keep * (s bᵀ) for COLUMNS columns of a tile."""
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, COLUMNS)
+    b = _load_b(b_ptr, offs_n, tl.arange(0, BLOCK_R), N, R, stride_bn, stride_br)
     low = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     low = _add_low_rank(
-        low, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br, BLOCK_R, PRECISION
+        low, s, b, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br, BLOCK_R, PRECISION
     )
     keep = keep_mask(seed, offs_m, first_n // 4, tl.cdiv(N, 4), drop_threshold, COLUMNS)
     acc += tl.where(keep, low, 0.0)
@@ -102,9 +145,12 @@ def _lora_ticket_tma_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, K_INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_IS_POINTER: tl.constexpr, PRECISION: tl.constexpr,
-    THREADS: tl.constexpr, LOW_RANK_STAGES: tl.constexpr,
+    THREADS: tl.constexpr, LOW_RANK_STAGES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Any one-dimensional grid; counters: [ticket, programs done, one flag per row block]."""
+    """Any one-dimensional grid; counters: [ticket, programs done, one flag per row block].
+
+    SLICES is how many parts a tile is stored in: 2, or 4 or 8 where DROPOUT is 2.
+    """
     num_m, num_n, num_r = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_R)
     producers = num_m * num_r
     total = producers + num_m * num_n
@@ -129,45 +175,39 @@ def _lora_ticket_tma_kernel(
         else:
             pid_m, pid_n = grouped_tile(ticket - producers, num_m, num_n, GROUP_M)
             first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+            offs_m = first_m + tl.arange(0, BLOCK_M)
+            offs_r = tl.arange(0, BLOCK_R)
             acc = _base_product(
-                x_desc, w_desc, first_m, first_n, K, BLOCK_M, BLOCK_N, BLOCK_K, K_INNER, PRECISION
-            )
-            while tl.atomic_add(flags_ptr + pid_m, 0, sem="acquire") < num_r:
-                pass
-            tl.debug_barrier()
+                x_desc, w_desc, bias_ptr, first_m, first_n, N, K,
+                BLOCK_M, BLOCK_N, BLOCK_K, K_INNER, HAS_BIAS, PRECISION,
+            )  # fmt: skip
             if DROPOUT == 2:
+                _wait(flags_ptr + pid_m, num_r)
+                s = _load_s(s_ptr, offs_m, offs_r, M, R)
                 seed = tl.load(seed_ptr)
-                QUARTER: tl.constexpr = BLOCK_N // 4
                 left, right = _halves(acc)
-                q0, q1 = _halves(left)
-                q2, q3 = _halves(right)
-                _store_masked_slice(
-                    q0, y_desc, s_ptr, b_ptr, seed, first_m, first_n, M, N, R,
-                    stride_bn, stride_br, drop_threshold, BLOCK_M, QUARTER, BLOCK_R, PRECISION,
-                )  # fmt: skip
-                _store_masked_slice(
-                    q1, y_desc, s_ptr, b_ptr, seed, first_m, first_n + QUARTER, M, N, R,
-                    stride_bn, stride_br, drop_threshold, BLOCK_M, QUARTER, BLOCK_R, PRECISION,
-                )  # fmt: skip
-                _store_masked_slice(
-                    q2, y_desc, s_ptr, b_ptr, seed, first_m, first_n + 2 * QUARTER, M, N, R,
-                    stride_bn, stride_br, drop_threshold, BLOCK_M, QUARTER, BLOCK_R, PRECISION,
-                )  # fmt: skip
-                _store_masked_slice(
-                    q3, y_desc, s_ptr, b_ptr, seed, first_m, first_n + 3 * QUARTER, M, N, R,
-                    stride_bn, stride_br, drop_threshold, BLOCK_M, QUARTER, BLOCK_R, PRECISION,
-                )  # fmt: skip
+                if SLICES == 8:
+                    slices = _quarters(left) + _quarters(right)
+                else:
+                    slices = _halves(left) + _halves(right)
+                for part in tl.static_range(SLICES):
+                    _store_masked_slice(
+                        slices[part], y_desc, s, s_ptr, b_ptr, seed, first_m,
+                        first_n + part * (BLOCK_N // SLICES), M, N, R, stride_bn, stride_br,
+                        drop_threshold, BLOCK_M, BLOCK_N // SLICES, BLOCK_R, PRECISION,
+                    )  # fmt: skip
             else:
-                offs_m = first_m + tl.arange(0, BLOCK_M)
                 offs_n = first_n + tl.arange(0, BLOCK_N)
+                _wait(flags_ptr + pid_m, num_r)
+                s = _load_s(s_ptr, offs_m, offs_r, M, R)
+                b = _load_b(b_ptr, offs_n, offs_r, N, R, stride_bn, stride_br)
                 acc = _add_low_rank(
-                    acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
+                    acc, s, b, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
                     BLOCK_R, PRECISION,
                 )  # fmt: skip
-                HALF: tl.constexpr = BLOCK_N // 2
                 left, right = _halves(acc)
-                _store_slice(left, y_desc, bias_ptr, first_m, first_n, N, HALF, HAS_BIAS)
-                _store_slice(right, y_desc, bias_ptr, first_m, first_n + HALF, N, HALF, HAS_BIAS)
+                y_desc.store([first_m, first_n], left.to(y_desc.dtype))
+                y_desc.store([first_m, first_n + BLOCK_N // SLICES], right.to(y_desc.dtype))
         ticket = tl.sum(tl.where(thread == 0, coming, 0))
     done = tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel")
     if done == tl.num_programs(0) - 1:
