@@ -112,7 +112,8 @@ _COMPACT = _AMPERE | {
     "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
     "masked+": LoRATile("ticket", 128, 128, 32, 8, 3),
 }
-# Laid over the table of Hopper where "ticket_tma" is forced.
+# Hopper's tiles by TMA, and the shape classes in which they are taken without being forced.
+TMA_CLASSES: frozenset[str] = frozenset()
 _TMA = {
     "small": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
     "small+": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
@@ -209,7 +210,7 @@ def forced_variant(variant: str | None) -> Iterator[None]:
     """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
 
     "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
-    backward, "ticket_tma" off Hopper, for float32 and for unaligned operands.
+    backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 16.
     """
     global _forced
     if variant is not None and variant not in VARIANTS:
@@ -224,22 +225,34 @@ def forced_variant(variant: str | None) -> Iterator[None]:
 def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
     if device.type != "cuda":
         return dict.fromkeys(_WIDE, _INTERPRETED)
-    if dtype == torch.float32:
-        return _LORA_TF32
-    table = _LORA_16BIT[family(device)]
-    return table | _TMA if _forced == "ticket_tma" and _has_tma(device, dtype) else table
+    return _LORA_TF32 if dtype == torch.float32 else _LORA_16BIT[family(device)]
 
 
-def _has_tma(device: torch.device, dtype: torch.dtype, aligned: bool = True) -> bool:
-    """Return whether "ticket_tma" can run; the interpreter runs it as well."""
+def _tma_tile(
+    device: torch.device, dtype: torch.dtype, rank: int, name: str, aligned: bool
+) -> LoRATile | None:
+    """Return the tile of "ticket_tma" where that is forced, or measured the fastest, and runs."""
+    if _forced != "ticket_tma" and (_forced or name not in TMA_CLASSES):
+        return None
     if device.type != "cuda":
-        return True
-    return aligned and dtype != torch.float32 and family(device) == "sm_90"
+        return replace(_INTERPRETED, variant="ticket_tma") if _forced else None
+    # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
+    if not aligned or rank % 16 or dtype == torch.float32 or family(device) != "sm_90":
+        return None
+    return _TMA[name.replace("decode", "small")]
 
 
 def rank_block(rank: int) -> int:
     """Return how many ranks a product takes at a time; wider blocks spill beside a large tile."""
     return 16 if rank <= 16 else 32
+
+
+def store_slices(tile: LoRATile, masked: bool) -> int:
+    """Return in how many column slices "ticket_tma" stores a tile.
+
+    A masked slice also holds its low-rank product and the mask in registers.
+    """
+    return 2 if not masked else 4 if tile.block_n <= 128 else 8
 
 
 def lora_tile(
@@ -249,6 +262,7 @@ def lora_tile(
     rank: int,
     direction: str,
     aligned: bool = True,
+    tma: bool = True,
 ) -> LoRATile:
     """Return how a LoRA product runs.
 
@@ -259,6 +273,7 @@ def lora_tile(
         rank: r.
         direction: "forward", "backward", or "masked" for a backward under dropout.
         aligned: whether sizes, strides and addresses of x and w allow unmasked asynchronous copies.
+        tma: whether tensor descriptors may name x, w and y.
     """
     table = _table(device, dtype)
     shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
@@ -267,16 +282,20 @@ def lora_tile(
         shape_class = "small"
     if direction != "forward" and shape_class == "large":
         shape_class = direction
-    tile = table[shape_class + ("+" if rank > 16 else "")]
+    name = shape_class + ("+" if rank > 16 else "")
+    by_tma = _tma_tile(device, dtype, rank, name, aligned) if tma else None
+    if by_tma is not None:
+        return by_tma
+    tile = table[name]
     if not aligned and device.type == "cuda":
         tile = _UNALIGNED_TF32 if dtype == torch.float32 else _UNALIGNED
     exact = dtype == torch.float32 and device.type == "cuda" and precision(dtype, device) == "ieee"
     variant = _forced or ("split" if exact else tile.variant)
     if variant == "recompute" and (rank > 32 or direction == "masked"):
         variant = "ticket"
-    if variant == "ticket_tma" and not _has_tma(device, dtype, aligned):
+    if variant == "ticket_tma":
         variant = "ticket"
-    if variant in ("ticket", "ticket_tma") and tile.variant == "recompute":
+    if variant == "ticket" and tile.variant == "recompute":
         tile = table["small" + ("+" if rank > 16 else "")]
     return tile if variant == tile.variant else replace(tile, variant=variant)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -125,17 +125,16 @@ def lora_backward(
 def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
-    tile = tiles.lora_tile(
-        x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w)
-    )
-    if tile.variant == "split":
-        _split(operands, y)
-        return
+    wanted = (x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w))
+    tile = tiles.lora_tile(*wanted)
     if tile.variant == "ticket_tma":
         if _describable(x, w, y):
             _ticket_tma(operands, y, tile)
             return
-        tile = replace(tile, variant="ticket")
+        tile = tiles.lora_tile(*wanted, tma=False)
+    if tile.variant == "split":
+        _split(operands, y)
+        return
     num_m = triton.cdiv(tokens, tile.block_m)
     num_tiles = num_m * triton.cdiv(columns, tile.block_n)
     arguments = operands.low_rank() | {
@@ -170,8 +169,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
     x, w, b = operands.x, operands.w, operands.b
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     k_inner = w.stride(1) == 1
-    # A masked slice also holds its low-rank product and the mask in registers.
-    slices = 2 if operands.dropout != _ON_OUTPUT else 4 if block_n <= 128 else 8
+    slices = tiles.store_slices(tile, operands.dropout == _ON_OUTPUT)
     arguments = operands.low_rank()
     del arguments["x_ptr"], arguments["stride_xm"]
     num_m = triton.cdiv(x.shape[0], block_m)

@@ -158,9 +158,6 @@ def _lora_ticket_tma_kernel(
     thread = tl.arange(0, THREADS)
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while ticket < total:
-        # The next ticket travels while this one is worked on: one thread asks and nobody waits yet,
-        # as all would for a scalar. It is handed out later than this one, hence no deadlock.
-        coming = tl.atomic_add(counters_ptr + thread, 1, mask=thread == 0, sem="relaxed")
         if ticket < producers:
             pid_m, pid_r = ticket // num_r, ticket % num_r
             factor = load_scale(scale, SCALE_IS_POINTER) * inverse_keep
@@ -172,7 +169,11 @@ def _lora_ticket_tma_kernel(
             # Every thread's part of s is stored before one thread releases the flag.
             tl.debug_barrier()
             tl.atomic_add(flags_ptr + pid_m, 1, sem="release")
+            coming = tl.atomic_add(counters_ptr + thread, 1, mask=thread == 0, sem="relaxed")
         else:
+            # The next ticket travels while the tile is worked on: one thread asks and nobody waits,
+            # as all would for a scalar. It comes after a consumer's, so no producer lies waiting.
+            coming = tl.atomic_add(counters_ptr + thread, 1, mask=thread == 0, sem="relaxed")
             pid_m, pid_n = grouped_tile(ticket - producers, num_m, num_n, GROUP_M)
             first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
             offs_m = first_m + tl.arange(0, BLOCK_M)

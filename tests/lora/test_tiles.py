@@ -65,16 +65,38 @@ def test_exact_float32_takes_the_library_and_tiles_of_its_own() -> None:
     assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_32BIT[16]
 
 
-def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands() -> None:
+def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def taken(
-        dtype: torch.dtype = torch.bfloat16, *, aligned: bool = True, tokens: int = 5000
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        aligned: bool = True,
+        tokens: int = 5000,
+        rank: int = 16,
     ) -> str:
-        return tiles.lora_tile(GPU, dtype, tokens, 16, "forward", aligned).variant
+        return tiles.lora_tile(GPU, dtype, tokens, rank, "forward", aligned).variant
 
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with tiles.forced_variant("ticket_tma"):
-        assert taken() == taken(tokens=5) == "ticket_tma"
-        assert taken(torch.float32) == taken(aligned=False) == "ticket"
+        assert taken() == taken(tokens=5) == taken(rank=64) == "ticket_tma"
+        assert taken(torch.float32) == taken(aligned=False) == taken(rank=8) == "ticket"
+        # The pointer form then takes the tiles that are compiled for it.
+        found = tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        with tiles.forced_variant(None):
+            assert found == tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
+        assert taken() == "ticket"
+
+
+def test_tma_can_be_chosen_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (GPU, torch.bfloat16, 5000, 16)
+    monkeypatch.setattr(tiles, "TMA_CLASSES", frozenset({"large"}))
+    assert tiles.lora_tile(*given, "forward").variant == "ticket_tma"
+    assert tiles.lora_tile(*given, "backward").variant == "ticket"
+    assert tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
+    with tiles.forced_variant("ticket"):
+        assert tiles.lora_tile(*given, "forward").variant == "ticket"
 
 
 def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:
