@@ -121,8 +121,8 @@ _TMA = {
     "large+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
     "backward": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
     "backward+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-    "masked": LoRATile("ticket_tma", 128, 128, 64, 8, 4),
-    "masked+": LoRATile("ticket_tma", 128, 128, 64, 8, 4),
+    "masked": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "masked+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
 }
 _BLACKWELL = _WIDE | {
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
@@ -253,6 +253,15 @@ def store_slices(tile: LoRATile, masked: bool) -> int:
     A masked slice also holds its low-rank product and the mask in registers.
     """
     return 2 if not masked else 4 if tile.block_n <= 128 else 8
+
+
+def low_rank_stages(tile: LoRATile) -> int:
+    """Return how deep "ticket_tma" prefetches for s: as deep as the memory of the main loop holds.
+
+    A step takes block_m rows of x and at most 32 of a, one of the main loop block_m and block_n.
+    """
+    fitting = tile.num_stages * (tile.block_m + tile.block_n) // (tile.block_m + 32)
+    return min(2 * tile.num_stages, fitting)
 
 
 def lora_tile(

@@ -200,7 +200,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         K_INNER=k_inner,
         HAS_BIAS=operands.bias is not None,
         THREADS=32 * tile.num_warps,
-        LOW_RANK_STAGES=2 * tile.num_stages,
+        LOW_RANK_STAGES=tiles.low_rank_stages(tile),
         SLICES=slices,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import LoRATile, rank_block, store_slices
+from peft_kernels.core.tiles import LoRATile, low_rank_stages, rank_block, store_slices
 
 _LOW_RANK = {
     "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
@@ -76,7 +76,7 @@ def tma_product(
     types |= {name: f"tensordesc<{dtype}{list(block)}>" for name, block in blocks.items()}
     constants |= {
         "K_INNER": direction == "forward", "THREADS": 32 * tile.num_warps,
-        "LOW_RANK_STAGES": 2 * tile.num_stages, "SLICES": slices,
+        "LOW_RANK_STAGES": low_rank_stages(tile), "SLICES": slices,
     }  # fmt: skip
     # Ranks are multiples of 16 here, and so is every stride of A and B.
     strides = {"stride_ar", "stride_ak", "stride_bn", "stride_br"}
