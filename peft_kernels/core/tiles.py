@@ -16,7 +16,7 @@ import torch
 from peft_kernels.core import triton_runtime
 
 FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-VARIANTS = ("ticket", "recompute", "split")
+VARIANTS = ("ticket", "ticket_tma", "recompute", "split")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class LoRATile:
 
     Attributes:
         variant: "ticket" (producers of s and output tiles in one launch, ordered by an atomic
-            ticket), "recompute" (every output tile computes its own s), or "split" (library GEMM,
-            then s, then the rank-r update).
+            ticket), "ticket_tma" (the same by TMA, on Hopper), "recompute" (every output tile
+            computes its own s), or "split" (library GEMM, then s, then the rank-r update).
         block_m: rows (tokens) of a tile.
         block_n: columns of a tile.
         block_k: depth of one step of the main loop.
@@ -111,6 +111,18 @@ _COMPACT = _AMPERE | {
     "backward+": LoRATile("ticket", 128, 128, 32, 8, 3),
     "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
     "masked+": LoRATile("ticket", 128, 128, 32, 8, 3),
+}
+# Hopper's tiles by TMA, and the shape classes in which they are taken without being forced.
+TMA_CLASSES: frozenset[str] = frozenset()
+_TMA = {
+    "small": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
+    "small+": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
+    "large": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "large+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "backward": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "backward+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "masked": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
+    "masked+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
 }
 _BLACKWELL = _WIDE | {
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
@@ -202,7 +214,8 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 def forced_variant(variant: str | None) -> Iterator[None]:
     """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
 
-    "recompute" is served by "ticket" where it cannot run: ranks above 32, and dropout in backward.
+    "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
+    backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 16.
     """
     global _forced
     if variant is not None and variant not in VARIANTS:
@@ -225,9 +238,40 @@ def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
     return _LORA_TF32 if dtype == torch.float32 else _LORA_16BIT[family(device)]
 
 
+def _tma_tile(
+    device: torch.device, dtype: torch.dtype, rank: int, name: str, aligned: bool
+) -> LoRATile | None:
+    """Return the tile of "ticket_tma" where that is forced, or measured the fastest, and runs."""
+    if _forced != "ticket_tma" and (_forced or name not in TMA_CLASSES):
+        return None
+    if device.type != "cuda":
+        return replace(_INTERPRETED, variant="ticket_tma") if _forced else None
+    # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
+    if not aligned or rank % 16 or dtype == torch.float32 or family(device) != "sm_90":
+        return None
+    return _TMA[name.replace("decode", "small")]
+
+
 def rank_block(rank: int) -> int:
     """Return how many ranks a product takes at a time; wider blocks spill beside a large tile."""
     return 16 if rank <= 16 else 32
+
+
+def store_slices(tile: LoRATile, masked: bool) -> int:
+    """Return in how many column slices "ticket_tma" stores a tile.
+
+    A masked slice also holds its low-rank product and the mask in registers.
+    """
+    return 2 if not masked else 4 if tile.block_n <= 128 else 8
+
+
+def low_rank_stages(tile: LoRATile) -> int:
+    """Return how deep "ticket_tma" prefetches for s: as deep as the memory of the main loop holds.
+
+    A step takes block_m rows of x and at most 32 of a, one of the main loop block_m and block_n.
+    """
+    fitting = tile.num_stages * (tile.block_m + tile.block_n) // (tile.block_m + 32)
+    return min(2 * tile.num_stages, fitting)
 
 
 def lora_tile(
@@ -237,6 +281,7 @@ def lora_tile(
     rank: int,
     direction: str,
     aligned: bool = True,
+    tma: bool = True,
 ) -> LoRATile:
     """Return how a LoRA product runs.
 
@@ -247,6 +292,7 @@ def lora_tile(
         rank: r.
         direction: "forward", "backward", or "masked" for a backward under dropout.
         aligned: whether sizes, strides and addresses of x and w allow unmasked asynchronous copies.
+        tma: whether tensor descriptors may name x, w and y.
     """
     table = _table(device, dtype)
     shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
@@ -255,12 +301,18 @@ def lora_tile(
         shape_class = "small"
     if direction != "forward" and shape_class == "large":
         shape_class = direction
-    tile = table[shape_class + ("+" if rank > 16 else "")]
+    name = shape_class + ("+" if rank > 16 else "")
+    by_tma = _tma_tile(device, dtype, rank, name, aligned) if tma else None
+    if by_tma is not None:
+        return by_tma
+    tile = table[name]
     if not aligned and device.type == "cuda":
         tile = _UNALIGNED_TF32 if dtype == torch.float32 else _UNALIGNED
     exact = dtype == torch.float32 and device.type == "cuda" and precision(dtype, device) == "ieee"
     variant = _forced or ("split" if exact else tile.variant)
     if variant == "recompute" and (rank > 32 or direction == "masked"):
+        variant = "ticket"
+    if variant == "ticket_tma":
         variant = "ticket"
     if variant == "ticket" and tile.variant == "recompute":
         tile = table["small" + ("+" if rank > 16 else "")]
@@ -315,6 +367,9 @@ def lora_cases() -> Iterator[tuple[str, str, str, LoRATile]]:
     """Yield (family, dtype, shape class, tile) of every LoRA launch the tables can choose."""
     for name in FAMILIES:
         for shape_class, tile in _LORA_16BIT[name].items():
+            for dtype in ("bf16", "fp16"):
+                yield name, dtype, shape_class, tile
+        for shape_class, tile in _TMA.items() if name == "sm_90" else ():
             for dtype in ("bf16", "fp16"):
                 yield name, dtype, shape_class, tile
         for suffix in ("", "+"):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_kernels.core import tiles, triton_runtime
 from peft_kernels.core.launches import counters, launch, remembered
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.token_reduction import Factor, token_reduction
-from peft_kernels.lora import kernels
+from peft_kernels.lora import kernels, tma_kernels
 
 # Where dropout acts, as the kernels number it.
 _NOWHERE, _ON_INPUT, _ON_OUTPUT = 0, 1, 2
@@ -127,9 +128,13 @@ def lora_backward(
 def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
-    tile = tiles.lora_tile(
-        x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w)
-    )
+    wanted = (x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w))
+    tile = tiles.lora_tile(*wanted)
+    if tile.variant == "ticket_tma":
+        if _describable(x, w, y):
+            _ticket_tma(operands, y, tile)
+            return
+        tile = tiles.lora_tile(*wanted, tma=False)
     if tile.variant == "split":
         _split(operands, y)
         return
@@ -161,6 +166,67 @@ def _product(operands: _Operands, y: Tensor) -> None:
     tickets = counters(x.device, 2 + num_m)
     programs = min(num_tiles + num_m * num_r, _resident_programs(x.device))
     launch(kernels._lora_ticket_kernel, (programs,), **arguments, counters_ptr=tickets)
+
+
+def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
+    x, w, b = operands.x, operands.w, operands.b
+    block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
+    k_inner = w.stride(1) == 1
+    slices = tiles.store_slices(tile, operands.dropout == _ON_OUTPUT)
+    arguments = operands.low_rank()
+    del arguments["x_ptr"], arguments["stride_xm"]
+    num_m = triton.cdiv(x.shape[0], block_m)
+    num_r = triton.cdiv(b.shape[1], arguments["BLOCK_R"])
+    num_tiles = num_m * triton.cdiv(w.shape[0], block_n)
+    programs = _resident_programs(x.device)
+    if block_m * block_n > 128 * 128:
+        # The accumulators alone are half of the registers of a multiprocessor.
+        programs = triton.cdiv(programs, 2)
+    programs = min(num_tiles + num_m * num_r, programs)
+    tma_kernels._lora_ticket_tma_kernel[(programs,)](
+        **arguments,
+        x_desc=_descriptor(x, [block_m, block_k]),
+        w_desc=_descriptor(w, [block_n, block_k])
+        if k_inner
+        else _descriptor(w.t(), [block_k, block_n]),
+        y_desc=_descriptor(y, [block_m, block_n // slices]),
+        b_ptr=b,
+        bias_ptr=operands.bias if operands.bias is not None else b,
+        counters_ptr=triton_runtime.counters(x.device, 2 + num_m),
+        N=w.shape[0],
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=tile.group_m,
+        K_INNER=k_inner,
+        HAS_BIAS=operands.bias is not None,
+        THREADS=32 * tile.num_warps,
+        LOW_RANK_STAGES=tiles.low_rank_stages(tile),
+        SLICES=slices,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, matrix.shape, matrix.stride(), block)
+
+
+def _describable(*matrices: Tensor) -> bool:
+    """Return whether tensor descriptors may name these: the rules of TMA.
+
+    One stride is 1; the other and the address are multiples of 16 bytes; rows do not overlap.
+    """
+    for matrix in matrices:
+        (rows, columns), (stride, inner) = matrix.shape, matrix.stride()
+        if inner != 1:
+            columns, stride, inner = rows, inner, stride
+        pitch = stride * matrix.element_size()
+        if inner != 1 or stride < columns or pitch % 16 or matrix.data_ptr() % 16 or pitch >> 40:
+            return False
+    return True
 
 
 def _aligned(x: Tensor, w: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import LoRATile, rank_block
+from peft_kernels.core.tiles import LoRATile, low_rank_stages, rank_block, store_slices
 
 _LOW_RANK = {
     "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
@@ -57,6 +57,30 @@ def product(
     constants |= dict.fromkeys(unit, 1)
     loose = _RAGGED | ({"K", "N", "stride_xm", "stride_wn", "stride_wk"} if ragged else set())
     return types, constants, frozenset(set(types) - loose - {"scale", "inverse_keep"})
+
+
+def tma_product(
+    dtype: str, tile: LoRATile, rank: int, direction: str, dropout: int
+) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
+    """Return (types, constants, divisible) of a ticket launch by TMA."""
+    types, constants, divisible = product(dtype, tile, rank, direction, dropout)
+    w_block = (tile.block_n, tile.block_k)
+    if direction == "backward":
+        w_block = (tile.block_k, tile.block_n)
+    slices = store_slices(tile, dropout == 2)
+    blocks = {
+        "x_desc": (tile.block_m, tile.block_k),
+        "w_desc": w_block,
+        "y_desc": (tile.block_m, tile.block_n // slices),
+    }
+    types |= {name: f"tensordesc<{dtype}{list(block)}>" for name, block in blocks.items()}
+    constants |= {
+        "K_INNER": direction == "forward", "THREADS": 32 * tile.num_warps,
+        "LOW_RANK_STAGES": low_rank_stages(tile), "SLICES": slices,
+    }  # fmt: skip
+    # Ranks are multiples of 16 here, and so is every stride of A and B.
+    strides = {"stride_ar", "stride_ak", "stride_bn", "stride_br"}
+    return types, constants, divisible | {"R"} | (strides - set(constants))
 
 
 def low_rank(

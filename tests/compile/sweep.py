@@ -73,9 +73,12 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
             name = f"{shape_class} {direction} dropout{dropout} r{rank} {tile}"
             ragged = shape_class.startswith("unaligned")
             # Under torch.compile the scale is a tensor.
-            source = lora_sources.product(
-                dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
-            )
+            if tile.variant == "ticket_tma":
+                source = lora_sources.tma_product(dtype, tile, rank, direction, dropout)
+            else:
+                source = lora_sources.product(
+                    dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
+                )
             yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
             if tile.block_k > 64:
                 # Alignment promises no more than a multiple of 64.
@@ -198,16 +201,18 @@ def compile_case(case: Case, family: str) -> Report:
     from peft_kernels.adapter import kernels as adapter_kernels
     from peft_kernels.core import reduction_kernels
     from peft_kernels.lora import kernels as lora_kernels
+    from peft_kernels.lora import tma_kernels
     from peft_kernels.prefix import kernels as prefix_kernels
     from peft_kernels.prefix import key_gradient_kernels, query_gradient_kernels
 
     homes = (
-        lora_kernels, adapter_kernels, reduction_kernels, prefix_kernels, query_gradient_kernels,
-        key_gradient_kernels,
+        lora_kernels, tma_kernels, adapter_kernels, reduction_kernels, prefix_kernels,
+        query_gradient_kernels, key_gradient_kernels,
     )  # fmt: skip
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return compile_for(kernel, family, types, constants, divisible, case.num_warps, case.num_stages)
 
 

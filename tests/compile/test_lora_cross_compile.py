@@ -39,6 +39,7 @@ def test_every_kernel_of_the_launchers_is_compiled() -> None:
     names = {case.kernel for family in tiles.FAMILIES for case in cases(family, "bf16", "lora")}
     assert names == {
         "_lora_ticket_kernel",
+        "_lora_ticket_tma_kernel",
         "_lora_recompute_kernel",
         "_low_rank_kernel",
         "_masked_update_kernel",

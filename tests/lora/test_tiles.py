@@ -63,3 +63,51 @@ def test_exact_float32_takes_the_library_and_tiles_of_its_own() -> None:
     assert tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "ticket"
     assert tiles.low_rank_tile(GPU, torch.float32) is tiles.LOW_RANK_TILE_32BIT
     assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_32BIT[16]
+
+
+def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        aligned: bool = True,
+        tokens: int = 5000,
+        rank: int = 16,
+    ) -> str:
+        return tiles.lora_tile(GPU, dtype, tokens, rank, "forward", aligned).variant
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with tiles.forced_variant("ticket_tma"):
+        assert taken() == taken(tokens=5) == taken(rank=64) == "ticket_tma"
+        assert taken(torch.float32) == taken(aligned=False) == taken(rank=8) == "ticket"
+        # The pointer form then takes the tiles that are compiled for it.
+        found = tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        with tiles.forced_variant(None):
+            assert found == tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
+        assert taken() == "ticket"
+
+
+def test_tma_can_be_chosen_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (GPU, torch.bfloat16, 5000, 16)
+    monkeypatch.setattr(tiles, "TMA_CLASSES", frozenset({"large"}))
+    assert tiles.lora_tile(*given, "forward").variant == "ticket_tma"
+    assert tiles.lora_tile(*given, "backward").variant == "ticket"
+    assert tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
+    with tiles.forced_variant("ticket"):
+        assert tiles.lora_tile(*given, "forward").variant == "ticket"
+
+
+def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:
+    from peft_kernels.lora.launch import _describable
+
+    def rows(count: int, width: int) -> torch.Tensor:
+        return torch.empty(count, width, dtype=torch.bfloat16)
+
+    good = rows(8, 48)
+    assert _describable(good, good.t(), rows(8, 96)[:, :41])
+    assert not _describable(good, rows(8, 41)), "rows of 82 bytes"
+    assert not _describable(good, rows(8, 64)[:, 1:49]), "an address between two"
+    assert not _describable(good, rows(1, 48).expand(8, 48)), "one row eight times"
+    assert not _describable(good, rows(8, 96)[:, ::2]), "no stride of 1"

@@ -41,6 +41,7 @@ SHAPES = [
     pytest.param(1, 7, 5, 1, id="one-token"),
     pytest.param(64, 96, 64, 16, id="aligned"),
     pytest.param(33, 50, 41, 3, id="ragged"),
+    pytest.param(70, 104, 72, 5, id="ragged-in-rows-of-16-bytes"),
     pytest.param(70, 36, 100, 33, id="two-rank-blocks"),
     pytest.param(20, 40, 24, 70, id="rank-above-both-sizes"),
 ]
@@ -137,7 +138,7 @@ def test_runs_repeat_bit_for_bit(variant: str) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["ticket", "recompute"])
+@pytest.mark.parametrize("kind", ["ticket", "ticket_tma", "recompute"])
 def test_one_launch_forward_and_two_backward(
     kind: str, dropout_p: float, launches: list[str]
 ) -> None:
@@ -158,15 +159,46 @@ def test_one_launch_forward_and_two_backward(
     assert forward.names | backward.names <= ALLOCATIONS | {"aten.zeros", *VIEWS}
 
 
-def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_tma_takes_what_descriptors_may_name(dropout_p: float, launches: list[str]) -> None:
+    """Rows of 16 bytes, one stride of 1; the weight row-major in either direction."""
+    with tiles.forced_variant("ticket_tma"):
+        for given, expected in (
+            (problem(33, 40, 24, 4, dropout_p=dropout_p), "_lora_ticket_tma_kernel"),
+            (problem(33, 42, 26, 4, dropout_p=dropout_p), "_lora_ticket_kernel"),
+        ):
+            for weight in (given.weight, given.weight.t().contiguous().t()):
+                launches.clear()
+                run = replace(given, weight=weight)
+                check(run, "triton", torch.float32)
+                assert launches == [expected, expected, "_token_reduction_kernel"]
+
+
+def test_tma_and_pointers_give_the_same_result() -> None:
+    """Without a bias, which the two add in different places."""
+    found = []
+    for kind in ("ticket", "ticket_tma"):
+        given = problem(70, 40, 72, 20, dropout_p=0.3, bias=False)
+        with tiles.forced_variant(kind):
+            inputs = given.inputs()
+            found.append(results(fused(given, inputs, "triton"), inputs, given.dy))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ticket", "ticket_tma"])
+def test_counters_are_zero_again_after_every_launch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One buffer over many launches, as on a GPU stream: a stale flag or ticket would show."""
-    cases = [problem(130, 50, 41, 40, dropout_p=0.3, seed=seed) for seed in range(3)]
+    cases = [problem(130, 52, 44, 40, dropout_p=0.3, seed=seed) for seed in range(3)]
 
     def run_all() -> list[dict[str, torch.Tensor]]:
         every = [(given, given.inputs()) for given in cases]
-        return [
-            results(fused(given, inputs, "triton"), inputs, given.dy) for given, inputs in every
-        ]
+        with tiles.forced_variant(kind):
+            return [
+                results(fused(given, inputs, "triton"), inputs, given.dy) for given, inputs in every
+            ]
 
     expected = run_all()
     buffer = torch.zeros(4096, dtype=torch.int32)
@@ -177,18 +209,20 @@ def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPa
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("kind", ["ticket", "ticket_tma"])
 @pytest.mark.parametrize("programs", [1, 2, 7, 64])
 def test_any_number_of_programs_gives_the_same_result(
-    programs: int, monkeypatch: pytest.MonkeyPatch
+    programs: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft_kernels.lora import launch
 
-    given = problem(70, 50, 41, 3)
-    inputs = given.inputs()
-    expected = results(fused(given, inputs, "triton"), inputs, given.dy)
-    monkeypatch.setattr(launch, "_resident_programs", lambda device: programs)
-    inputs = given.inputs()
-    found = results(fused(given, inputs, "triton"), inputs, given.dy)
+    given = problem(70, 52, 44, 3)
+    with tiles.forced_variant(kind):
+        inputs = given.inputs()
+        expected = results(fused(given, inputs, "triton"), inputs, given.dy)
+        monkeypatch.setattr(launch, "_resident_programs", lambda device: programs)
+        inputs = given.inputs()
+        found = results(fused(given, inputs, "triton"), inputs, given.dy)
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
