@@ -27,6 +27,8 @@ MOST_TAPES = 4096
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
 _VIEWS = ("aten::t", "aten::transpose", "aten::view", "aten::detach", "aten::alias")
 _recording = threading.local()
+# Place among the arguments, place of its tensor, its class, shape, strides and block.
+_Descriptor = tuple[int, int, Any, list[int], list[int], list[int]]
 
 
 class _Tape:
@@ -39,7 +41,8 @@ class _Tape:
         self.complete = True
         self.temporaries: list[tuple[Sequence[int], Sequence[int], torch.dtype]] = []
         self.counters: list[int] = []
-        self.launches: list[tuple[Any, list[Any], list[tuple[int, int]]]] = []
+        # What is run, its arguments, and where among them which pointers and descriptors go.
+        self.launches: list[tuple[Any, list[Any], list[tuple[int, int]], list[_Descriptor]]] = []
         self._inputs = {t.data_ptr(): place for place, t in reversed(list(enumerate(tensors)))}
         self._count = len(tensors)
         # Alive while the call is: no two of them share an address.
@@ -61,18 +64,24 @@ class _Tape:
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Take in a launch."""
-        places = []
+        places, descriptors = [], []
         values = list(arguments)
         for index, value in enumerate(arguments):
-            if not isinstance(value, Tensor):
+            base = getattr(value, "base", None)  # of a tensor descriptor
+            tensor = value if isinstance(value, Tensor) else base
+            if not isinstance(tensor, Tensor):
                 continue
             values[index] = 0
-            address = value.data_ptr()
-            if address:
-                place = self._place(address)
+            address = tensor.data_ptr()
+            place = self._place(address)
+            if address or tensor is base:
                 self.complete &= place is not None
+            if tensor is base:
+                shape, strides, block = list(value.shape), list(value.strides), value.block_shape
+                descriptors.append((index, place or 0, value.__class__, shape, strides, block))
+            elif address:
                 places.append((index, place or 0))
-        self.launches.append((compiled[(*grid, 1, 1)[:3]], values, places))
+        self.launches.append((compiled[(*grid, 1, 1)[:3]], values, places, descriptors))
 
     def _place(self, address: int) -> int | None:
         for place, made in enumerate(self._allocated):
@@ -99,11 +108,14 @@ class _Tape:
             for size, stride, dtype in self.temporaries
         ]
         made += [triton_runtime.counters(device, size) for size in reversed(self.counters)]
-        pointers = [t.data_ptr() for t in (*tensors, *made)]
-        for run, values, places in self.launches:
+        made = [*tensors, *made]
+        pointers = [t.data_ptr() for t in made]
+        for run, values, places, descriptors in self.launches:
             arguments = values.copy()
             for index, place in places:
                 arguments[index] = pointers[place]
+            for index, place, kind, *layout in descriptors:
+                arguments[index] = kind(made[place], *layout)
             run(*arguments, stream=stream)
 
 

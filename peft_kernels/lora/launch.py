@@ -183,7 +183,9 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         # The accumulators alone are half of the registers of a multiprocessor.
         programs = triton.cdiv(programs, 2)
     programs = min(num_tiles + num_m * num_r, programs)
-    tma_kernels._lora_ticket_tma_kernel[(programs,)](
+    launch(
+        tma_kernels._lora_ticket_tma_kernel,
+        (programs,),
         **arguments,
         x_desc=_descriptor(x, [block_m, block_k]),
         w_desc=_descriptor(w, [block_n, block_k])
@@ -192,7 +194,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         y_desc=_descriptor(y, [block_m, block_n // slices]),
         b_ptr=b,
         bias_ptr=operands.bias if operands.bias is not None else b,
-        counters_ptr=triton_runtime.counters(x.device, 2 + num_m),
+        counters_ptr=counters(x.device, 2 + num_m),
         N=w.shape[0],
         stride_bn=b.stride(0),
         stride_br=b.stride(1),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import grouped_tile, keep_mask, load_scale
+from peft_kernels.core.device import grouped_tile, keep_mask, load_scale, multiply_add
 from peft_kernels.lora.kernels import _halves
 
 
@@ -40,7 +40,7 @@ def _low_rank_block(
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, offs_m, k // 4, tl.cdiv(K, 4), drop_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        acc = multiply_add(x, a, acc, PRECISION)
         a_ptrs += BLOCK_K * stride_ak
     s = (acc * factor).to(s_ptr.dtype.element_ty)
     s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
@@ -72,7 +72,7 @@ def _base_product(
             w = w_desc.load([first_n, k]).T
         else:
             w = w_desc.load([k, first_n])
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = multiply_add(x, w, acc, PRECISION)
     return acc
 
 
@@ -110,12 +110,12 @@ def _add_low_rank(
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return acc + s[m block] b[n block]ᵀ; the first BLOCK_R ranks of both are loaded already."""
-    acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    acc = multiply_add(s, b, acc, PRECISION)
     for r in tl.range(BLOCK_R, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         s = _load_s(s_ptr, offs_m, offs_r, M, R)
         b = _load_b(b_ptr, offs_n, offs_r, N, R, stride_bn, stride_br)
-        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+        acc = multiply_add(s, b, acc, PRECISION)
     return acc
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels.core import launches
+from peft_kernels.core import launches, tiles
 
 launched: list[tuple[Any, ...]] = []
 
@@ -33,12 +34,16 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
         values = rest[5:]  # the function, two kinds of metadata and two hooks come first
         assert len(values) == len(self.pointers)
-        shown = tuple(
-            ("pointer", value.data_ptr() if isinstance(value, Tensor) else value) if pointer
-            else (type(value).__name__, value)
-            for value, pointer in zip(values, self.pointers, strict=True)
-        )  # fmt: skip
-        launched.append((self.kernel, (x, y, z), stream, shown))
+        shown: list[tuple[str, Any]] = []
+        for value, pointer in zip(values, self.pointers, strict=True):
+            if isinstance(value, TensorDescriptor):
+                layout = (tuple(value.shape), tuple(value.strides), tuple(value.block_shape))
+                shown += [("pointer", value.base.data_ptr()), (str(value.base.dtype), layout)]
+            elif pointer:
+                shown.append(("pointer", value.data_ptr() if isinstance(value, Tensor) else value))
+            else:
+                shown.append((type(value).__name__, value))
+        launched.append((self.kernel, (x, y, z), stream, tuple(shown)))
 
 
 class _Driver:
@@ -159,7 +164,13 @@ def _prompt() -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
         yield launch.prompt_backward, (out, None, None, 0, -1, torch.zeros_like(prompt), None)
 
 
-CALLS = {"lora": _lora, "adapter": _adapter, "prefix": _prefix, "prompt": _prompt}
+CALLS = {
+    "lora": _lora,
+    "ticket_tma": _lora,
+    "adapter": _adapter,
+    "prefix": _prefix,
+    "prompt": _prompt,
+}
 
 
 def main(method: str) -> None:
@@ -195,4 +206,5 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with tiles.forced_variant("ticket_tma" if sys.argv[1] == "ticket_tma" else None):
+        main(sys.argv[1])

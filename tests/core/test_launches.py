@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(triton_runtime.import_problem() is not None, reason="needs Triton: not run")
-@pytest.mark.parametrize("method", ["lora", "adapter", "prefix", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "ticket_tma", "adapter", "prefix", "prompt"])
 def test_a_remembered_call_launches_what_a_direct_one_does(method: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -131,5 +131,5 @@ def test_counters_of_a_launch_are_those_asked_for_last(monkeypatch: pytest.Monke
     tape.launched(_Kernel(), (1,), [buffer])
     tape.counted(50, buffer)
     tape.launched(_Kernel(), (1,), [buffer])
-    assert [places for _, _, places in tape.launches] == [[(0, -1)], [(0, -2)]]
+    assert [places for _, _, places, _ in tape.launches] == [[(0, -1)], [(0, -2)]]
     assert tape.counters == [2, 50] and tape.complete
