@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR = 1.5
+_T = TypeVar("_T")
 
 
 def assert_as_accurate_as_eager(
@@ -40,3 +43,38 @@ def assert_as_accurate_as_eager(
             f"{name}: error {norm(difference):.3e} > {limit:.3e} "
             f"(eager's is {allowed:.3e}, the result's size {norm(exact.abs()):.3e})"
         )
+
+
+def eager_forms(run: Callable[[], _T], device: torch.device) -> list[_T]:
+    """Return what eager PyTorch gives, and where tf32 is allowed, also that of tf32 operands."""
+    if not (device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"):
+        return [run()]
+    with RoundedToTF32():
+        rounded = run()
+    return [run(), rounded]
+
+
+class RoundedToTF32(TorchDispatchMode):
+    """Rounds the float32 operands of every product to tf32, in forward and in backward.
+
+    What a library may do where tf32 is allowed. It need not: small products stay exact, and the
+    error of such an eager form is no measure for what the setting allows.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("mm", "bmm"):
+            args = tuple(map(_to_tf32, args))
+        elif name in ("addmm", "baddbmm"):
+            args = (args[0], *map(_to_tf32, args[1:]))
+        return func(*args, **(kwargs or {}))
+
+
+def _to_tf32(value: Tensor) -> Tensor:
+    """Return float32 values rounded to 10 bits of mantissa, halves away from zero."""
+    if value.dtype != torch.float32:
+        return value
+    bits = value.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

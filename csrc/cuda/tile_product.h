@@ -225,7 +225,11 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
   static constexpr int kThreadColumns = S::kColumns / kN, kThreadRows = S::kRows / 8;
   static_assert(kThreadRows * kThreadColumns == S::kThreads && kThreadColumns % 4 == 0);
 
+  // What the additions of whole pieces have rounded off so far, by Kahan.
+  static constexpr bool kCompensated = S::kDepthAtOnce == S::kDepth;
+
   float sum_[8][kN];
+  float lost_[kCompensated ? 8 : 1][kCompensated ? kN : 1];
 
   PK_DEVICE static int first_row() { return device::thread_x() / kThreadColumns; }
   PK_DEVICE static int first_column() { return device::thread_x() % kThreadColumns; }
@@ -235,12 +239,16 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
 
   PK_DEVICE void clear() {
     PK_UNROLL for (int m = 0; m < 8; ++m)
-      PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] = 0.0f;
+      PK_UNROLL for (int n = 0; n < kN; ++n) {
+        sum_[m][n] = 0.0f;
+        if constexpr (kCompensated) lost_[m][n] = 0.0f;
+      }
   }
 
   // A piece's products are summed before they are added: one chain over all of the depth would
   // round too often. In several pieces each product is rounded with its sum: attention, which has
-  // them, is held to more than the other products are.
+  // them and few of them, is held to more than the other products are. These are added with what
+  // the additions before have lost.
   PK_DEVICE void multiply(const float* rows, const float* columns) {
     PK_NO_UNROLL for (int k0 = 0; k0 < S::kDepth; k0 += S::kDepthAtOnce) {
       float part[8][kN] = {};
@@ -262,7 +270,15 @@ class Product<float, S, kRowsAlong, kColumnsAlong> {
         }
       }
       PK_UNROLL for (int m = 0; m < 8; ++m)
-        PK_UNROLL for (int n = 0; n < kN; ++n) sum_[m][n] += part[m][n];
+        PK_UNROLL for (int n = 0; n < kN; ++n) {
+          if constexpr (kCompensated) {
+            const float added = part[m][n] - lost_[m][n], sum = sum_[m][n] + added;
+            lost_[m][n] = (sum - sum_[m][n]) - added;
+            sum_[m][n] = sum;
+          } else {
+            sum_[m][n] += part[m][n];
+          }
+        }
     }
   }
 

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from peft_kernels.core.rng import dropout_mask
 
+_FEW_ROWS, _PART = 16, 64
+
 
 class _Weights(NamedTuple):
     """Probabilities of both key ranges, before and after dropout, each [B, Hkv, G·S, P or T].
@@ -112,7 +114,7 @@ def _from_prefix(x: Tensor, batch: int, rows: int) -> Tensor:
 def _over_prefix(x: Tensor, prefix: Tensor) -> Tensor:
     """Return x [B, Hkv, M, n] @ prefix [Bp, Hkv, n, m] without a copy of prefix for each row."""
     shared = prefix.shape[0] == 1
-    return _from_prefix(_for_prefix(x, shared) @ prefix, x.shape[0], x.shape[2])
+    return _from_prefix(_by_row(_for_prefix(x, shared), prefix), x.shape[0], x.shape[2])
 
 
 def _by_key(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
@@ -121,6 +123,20 @@ def _by_key(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
     Summed after that over the heads, as eager sums: in shorter sums, which round less.
     """
     return (weights.unflatten(2, (groups, -1)).mT @ rows.unflatten(2, (groups, -1))).sum(2)
+
+
+def _by_row(weights: Tensor, values: Tensor) -> Tensor:
+    """Return weights [..., M, n] @ values [..., n, m].
+
+    Of few rows in parts of n: of those the libraries of GPUs sum all of n in one chain.
+    """
+    depth = values.shape[-2]
+    whole = depth // _PART * _PART
+    if weights.shape[-2] > _FEW_ROWS or depth <= _PART:
+        return weights @ values
+    parts = weights[..., :whole].unflatten(-1, (-1, _PART)).transpose(-2, -3)
+    total = (parts @ values[..., :whole, :].unflatten(-2, (-1, _PART))).sum(-3)
+    return total + weights[..., whole:] @ values[..., whole:, :]
 
 
 def _by_prefix_key(weights: Tensor, rows: Tensor, groups: int, shared: bool) -> Tensor:
@@ -231,7 +247,7 @@ def forward(
     of_prefix = _over_prefix(w.kept_prefix, prefix_value.to(wide))
     if gate is not None:
         of_prefix = of_prefix * _gate(gate, kv_heads, queries)
-    out.view(of_prefix.shape).copy_(w.kept_own @ value.to(wide) + of_prefix)
+    out.view(of_prefix.shape).copy_(_by_row(w.kept_own, value.to(wide)) + of_prefix)
     lse.view(w.lse.shape).copy_(w.lse)
     if prefix_lse is not None and w.prefix_lse is not None:
         prefix_lse.view(w.lse.shape).copy_(w.prefix_lse)
@@ -306,7 +322,7 @@ def backward(
     ds_p, ds_t = ds_p.to(query.dtype).to(wide), ds_t.to(query.dtype).to(wide)
     if dquery is not None:
         from_prefix = _over_prefix(ds_p, prefix_key.to(wide))
-        dquery.view(q.shape).copy_((ds_t @ key.to(wide) + from_prefix) * scale)
+        dquery.view(q.shape).copy_((_by_row(ds_t, key.to(wide)) + from_prefix) * scale)
     if dkey is not None:
         dkey.copy_(_by_key(ds_t, q, groups) * scale)
     if dprefix_key is not None:

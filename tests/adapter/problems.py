@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft_kernels import adapter
 from peft_kernels.core import rng
-from tests.numerics import assert_as_accurate_as_eager
+from tests.numerics import assert_as_accurate_as_eager, eager_forms
 
 OTHER_ORDERS = 4  # in which eager PyTorch adds, when it is the measure
 # Written with torch's own functions, so that autograd has its derivatives.
@@ -197,7 +197,8 @@ def judge(given: Problem, actual: dict[str, Tensor], dtype: torch.dtype) -> None
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dy)
     narrow = given.inputs(dtype)
-    same_dtype = [results(eager(given, narrow), narrow, given.dy)]
+    device = given.dy.device
+    same_dtype = eager_forms(lambda: results(eager(given, narrow), narrow, given.dy), device)
     same_dtype += [eager_in_another_order(given, dtype, order) for order in range(OTHER_ORDERS)]
     if "scale" in given.tensors and not given.tensors["scale"].dim():
         same_dtype += _spread_of_a_learned_scale(given, dtype, same_dtype[0], exact["d scale"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft_kernels import lora_linear
 from peft_kernels.core import rng
-from tests.numerics import assert_as_accurate_as_eager
+from tests.numerics import assert_as_accurate_as_eager, eager_forms
 
 OTHER_ORDERS = 4  # in which eager PyTorch adds, when it is the measure
 NAMES = ("y", "dx", "dweight", "da", "db", "dbias")
@@ -169,7 +169,8 @@ def judge(given: Problem, actual: dict[str, Tensor], dtype: torch.dtype) -> None
     wide = given.inputs(torch.float64)
     exact = results(eager(given, wide), wide, given.dy)
     narrow = given.inputs(dtype)
-    same_dtype = [results(eager(given, narrow), narrow, given.dy)]
+    device = given.dy.device
+    same_dtype = eager_forms(lambda: results(eager(given, narrow), narrow, given.dy), device)
     same_dtype += [eager_in_another_order(given, dtype, order) for order in range(OTHER_ORDERS)]
     for name, value in actual.items():
         judged = [each[name].view(value.shape) for each in same_dtype]
