@@ -3,7 +3,8 @@
 A case is one causal self-attention behind a shared prefix, and its backward to q, k, v and prefix.
 Providers: ``eager``, the path that peft takes through transformers: prefix and keys concatenated,
 heads repeated, SDPA under a dense mask (made beforehand: a model makes it once for all layers);
-``compile``, that under ``torch.compile``; ``fused``.
+``compile``, that under ``torch.compile``; on a GPU ``flash``, the same without repeating heads and
+with a causal bias that SDPA's flash kernel knows, which transformers does not take; ``fused``.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ CASES = (
         _case(GPU, *sizes)
         for sizes in (
             (32, 32, 8, 512, 16, 128), (8, 32, 8, 2048, 32, 128), (2, 32, 8, 8192, 128, 128),
-            (32, 12, 12, 512, 128, 64), (8, 32, 8, 512, 2048, 128),
+            (32, 12, 12, 512, 128, 64), (8, 32, 8, 512, 2048, 128), (64, 32, 8, 128, 2048, 128),
         )
     ),
     _case(DRY, 2, 4, 2, 21, 5, 16, dtype="float32"),
@@ -157,6 +158,22 @@ def _eager(problem: PrefixProblem, keep: Tensor | None) -> Forward:
     return lambda: eager_form(*given)
 
 
+def _flash(problem: PrefixProblem, keep: Tensor | None) -> Forward:
+    from torch.nn.attention.bias import causal_lower_right
+
+    q, k, v, prefix_k, prefix_v = problem.tensors
+    case = problem.case
+    bias = causal_lower_right(case.tokens, case.length + case.tokens)
+
+    def whole(prefix: Tensor, own: Tensor) -> Tensor:
+        return torch.cat((prefix.expand(case.batch, -1, -1, -1), own), dim=2)
+
+    return lambda: F.scaled_dot_product_attention(
+        q, whole(prefix_k, k), whole(prefix_v, v), attn_mask=bias,
+        enable_gqa=case.heads != case.kv_heads,
+    )  # fmt: skip
+
+
 def _compiled(problem: PrefixProblem, keep: Tensor | None) -> Forward:
     torch._dynamo.reset()
     compiled = torch.compile(eager_form, dynamic=False)
@@ -176,6 +193,7 @@ def fused(backend: str | None = None) -> Provider:
 
 
 EAGER, FUSED = Provider("eager", _eager), fused()
+FLASH = Provider("flash", _flash)
 
 
 def attention(problem: PrefixProblem, order: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
@@ -280,7 +298,7 @@ METHOD = Method(
     work=work,
     targets=_targets(),
     seconds={CPU: 8.0, GPU: 4.0},
-    gpu={MAIN: (EAGER, replace(fused("triton"), name=OURS))},
+    gpu={MAIN: (EAGER, FLASH, replace(fused("triton"), name=OURS))},
     columns={"compile": "torch.compile", "fused": "peft_kernels"},
     title="prefix: batch, heads/kv heads, tokens, prefix length, head size, dtype",
 )

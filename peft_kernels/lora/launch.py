@@ -73,9 +73,9 @@ def lora_forward(
     s: Tensor,
 ) -> None:
     """Write y [M, N] and s [M, r] in one launch ("split": the library GEMM and two more)."""
-    dropout = _NOWHERE if seed is None else _ON_INPUT
+    dropout, direction = (_NOWHERE, "forward") if seed is None else (_ON_INPUT, "dropped")
     operands = _Operands(
-        x, weight, lora_a, lora_b, bias, s, seed, scale, dropout_p, dropout, "forward"
+        x, weight, lora_a, lora_b, bias, s, seed, scale, dropout_p, dropout, direction
     )
     with torch.cuda.device_of(x):
         _product(operands, y)

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from peft_kernels.core.rng import dropout_mask
 
-_FEW_ROWS, _PART = 16, 64
+# Of so few rows, sums are made in parts of so many.
+_FEW_ROWS, _PART = 16, 32
 
 
 class _Weights(NamedTuple):
@@ -173,7 +174,7 @@ def _weights(
 ) -> _Weights:
     batch, kv_heads, rows, _ = q.shape
     keys, prefix = key.shape[2], prefix_key.shape[2]
-    scores = q @ key.to(q.dtype).mT * scale
+    scores = _by_row(q, key.to(q.dtype).mT) * scale
     mask = seen(queries, keys, key_mask, cu_seqlens, causal, window, q.device)
     if mask is not None:
         grouped = scores.view(batch, kv_heads, rows // max(1, queries), queries, keys)
@@ -300,7 +301,7 @@ def backward(
     if dquery is None and dkey is None and dprefix_key is None and dgate is None:
         return
     dw_p = _over_prefix(g, prefix_value.to(wide).mT)
-    dw_t = g @ value.to(wide).mT
+    dw_t = _by_row(g, value.to(wide).mT)
     if w.keep_prefix is not None and w.keep_own is not None:
         dw_p, dw_t = dw_p * w.keep_prefix, dw_t * w.keep_own
     delta_p = (w.prefix * dw_p).sum(-1, keepdim=True)  # [B, Hkv, G·S, 1]

@@ -27,6 +27,7 @@ _LAUNCHES = {
     "decode": (("forward", 0), ("forward", 1), ("backward", 0)),
     "small": (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 2)),
     "large": (("forward", 0), ("forward", 1)),
+    "dropped": (("forward", 1),),
     "backward": (("backward", 0),),
     "masked": (("backward", 2),),
     "unaligned": (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 2)),
