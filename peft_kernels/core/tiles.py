@@ -88,7 +88,7 @@ _WIDE = {
     "small+": LoRATile("ticket", 64, 64, 64, 4, 4),
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
     "large+": LoRATile("ticket", 128, 128, 64, 8, 4),
-    "backward": LoRATile("ticket", 128, 256, 64, 8, 4),
+    "backward": LoRATile("ticket", 128, 256, 64, 8, 3),
     "backward+": LoRATile("ticket", 128, 128, 64, 8, 4),
     "masked": LoRATile("ticket", 128, 128, 64, 8, 3),
     "masked+": LoRATile("ticket", 128, 128, 64, 8, 3),
