@@ -196,12 +196,12 @@ EAGER, FUSED = Provider("eager", _eager), fused()
 FLASH = Provider("flash", _flash)
 
 
-def attention(problem: PrefixProblem, order: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
-    """Return results by matmul and softmax in float64, by SDPA in other dtypes.
+def in_another_order(problem: PrefixProblem, order: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return SDPA's results, sums made in another order.
 
     Args:
         problem: the problem.
-        order: permutations of queries, keys and a head's features that sums are made in.
+        order: permutations of queries, keys and a head's features.
     """
     q, k, v, prefix_k, prefix_v = problem.tensors
     batch, heads = q.shape[:2]
@@ -211,30 +211,46 @@ def attention(problem: PrefixProblem, order: tuple[Tensor, ...] | None = None) -
         return joined.repeat_interleave(heads // own.shape[1], dim=1)
 
     keys, values, mask, dy = whole(prefix_k, k), whole(prefix_v, v), problem.mask, problem.dy
-    if order is not None:
-        queries, places, features = order
-        q, dy = q[:, :, queries][..., features], dy[:, :, queries]
-        keys, values = keys[:, :, places][..., features], values[:, :, places]
-        mask = mask[queries][:, places]
-    if q.dtype == torch.float64:
-        scores = (q @ keys.mT) * problem.case.head_size**-0.5
-        y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
-    else:
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None])
+    queries, places, features = order
+    q, dy = q[:, :, queries][..., features], dy[:, :, queries]
+    keys, values = keys[:, :, places][..., features], values[:, :, places]
+    mask = mask[queries][:, places]
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None])
     found = results(y, dy, problem.leaves(False))
-    if order is not None:
-        found["y"] = found["y"][:, :, queries.argsort()]
+    found["y"] = found["y"][:, :, queries.argsort()]
     return found
+
+
+def truth(problem: PrefixProblem) -> dict[str, Tensor]:
+    """Return the results in float64, head by head: all scores of a long sequence fill no memory."""
+    case = problem.case
+    q, k, v, *prefix = (each.detach().double() for each in problem.tensors)
+    dy, scale, hidden = problem.dy.double(), case.head_size**-0.5, ~problem.mask
+    y, dq, dk, dv = (torch.zeros_like(each) for each in (q, q, k, v))
+    d_prefix = [torch.zeros_like(each) for each in prefix]
+    for row in range(case.batch):
+        for head in range(case.heads):
+            own = head * case.kv_heads // case.heads
+            keys, values = (
+                torch.cat((one[own], each[row, own]))
+                for one, each in zip(prefix, (k, v), strict=True)
+            )
+            weights = (q[row, head] @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+            y[row, head] = weights @ values
+            dw = dy[row, head] @ values.mT
+            ds = weights * (dw - (weights * dw).sum(-1, keepdim=True)) * scale
+            dq[row, head] = ds @ keys
+            both = (ds.mT @ q[row, head], weights.mT @ dy[row, head])
+            for gradient, of_prefix, of_own in zip(both, d_prefix, (dk, dv), strict=True):
+                of_prefix[own] += gradient[: case.length]
+                of_own[row, own] += gradient[case.length :]
+    names = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
+    return {"y": y} | dict(zip(names, (dq, dk, dv, *d_prefix), strict=True))
 
 
 def expected(problem: PrefixProblem, keep: Tensor | None, frozen: bool) -> Expected:
     """Return the results in float64, and in the case's dtype: SDPA's and other orders of sums."""
     case, device = problem.case, problem.dy.device
-    wide = replace(
-        problem,
-        tensors=tuple(each.detach().double().requires_grad_() for each in problem.tensors),
-        dy=problem.dy.double(),
-    )
     generator = torch.Generator().manual_seed(0)
     sizes = (case.tokens, case.length + case.tokens, case.head_size)
     orders = [
@@ -242,7 +258,7 @@ def expected(problem: PrefixProblem, keep: Tensor | None, frozen: bool) -> Expec
         for _ in range(OTHER_ORDERS)
     ]
     eager = [results(_eager(problem, None)(), problem.dy, problem.leaves(False))]
-    return Expected(attention(wide), eager + [attention(problem, order) for order in orders])
+    return Expected(truth(problem), eager + [in_another_order(problem, each) for each in orders])
 
 
 def work(case: PrefixCase, direction: str, provider: str = OURS) -> Work:

@@ -274,10 +274,18 @@ def store_slices(tile: LoRATile, masked: bool) -> int:
 def low_rank_stages(tile: LoRATile) -> int:
     """Return how deep "ticket_tma" prefetches for s: as deep as the memory of the main loop holds.
 
-    A step takes block_m rows of x and at most 32 of a, one of the main loop block_m and block_n.
+    A step takes low_rank_rows of x and at most 32 of a, one of the main loop block_m and block_n.
     """
-    fitting = tile.num_stages * (tile.block_m + tile.block_n) // (tile.block_m + 32)
+    fitting = tile.num_stages * (tile.block_m + tile.block_n) // (low_rank_rows(tile) + 32)
     return min(2 * tile.num_stages, fitting)
+
+
+def low_rank_rows(tile: LoRATile) -> int:
+    """Return how many rows of s a program of "ticket_tma" makes at a time.
+
+    Fewer than a tile has, so that this work, long under dropout, spreads over all programs.
+    """
+    return max(16, min(64, tile.block_m // 2))
 
 
 def lora_tile(

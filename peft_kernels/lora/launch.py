@@ -171,6 +171,7 @@ def _product(operands: _Operands, y: Tensor) -> None:
 def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
     x, w, b = operands.x, operands.w, operands.b
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
+    block_p = tiles.low_rank_rows(tile)
     k_inner = w.stride(1) == 1
     slices = tiles.store_slices(tile, operands.dropout == _ON_OUTPUT)
     arguments = operands.low_rank()
@@ -182,12 +183,14 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
     if block_m * block_n > 128 * 128:
         # The accumulators alone are half of the registers of a multiprocessor.
         programs = triton.cdiv(programs, 2)
-    programs = min(num_tiles + num_m * num_r, programs)
+    producers = triton.cdiv(x.shape[0], block_p) * num_r
+    programs = min(num_tiles + producers, programs)
     launch(
         tma_kernels._lora_ticket_tma_kernel,
         (programs,),
         **arguments,
         x_desc=_descriptor(x, [block_m, block_k]),
+        rows_desc=_descriptor(x, [block_p, block_k]),
         w_desc=_descriptor(w, [block_n, block_k])
         if k_inner
         else _descriptor(w.t(), [block_k, block_n]),
@@ -201,6 +204,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        BLOCK_P=block_p,
         GROUP_M=tile.group_m,
         K_INNER=k_inner,
         HAS_BIAS=operands.bias is not None,

@@ -2,9 +2,11 @@
 
     y = x wᵀ + bias + keep * (s bᵀ)      with  s = c · (keep * x) aᵀ,  rounded to the dtype of x
 
-The same work items in the same order under the same flags. x, w and y come as tensor descriptors:
-one thread moves a whole block, past the ends it reads zeros and writes nothing, and no register
-holds an address. s and the flags keep plain loads and stores: a flag's release orders no TMA.
+The same work items in the same order under the same flags, but that a row block of s is made in
+parts of BLOCK_P rows by several programs. x (twice: for either size of block), w and y come as
+tensor descriptors: one thread moves a whole block, past the ends it reads zeros and writes nothing,
+and no register holds an address. s and the flags keep plain loads and stores: a flag's release
+orders no TMA.
 
 The descriptor of w is over its storage, [N, K] in the forward direction and [K, N] in the backward
 one (K_INNER says which); the tensor cores take both. y is stored in column slices, so that a slice
@@ -22,19 +24,19 @@ from peft_kernels.lora.kernels import _halves
 
 @triton.jit
 def _low_rank_block(
-    x_desc, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_ar, stride_ak, pid_m, pid_r,
-    drop_threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    rows_desc, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_ar, stride_ak, pid_p, pid_r,
+    drop_threshold, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store s[m block, r block] = factor · (keep * x) aᵀ."""
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Store s[rows, r block] = factor · (keep * x) aᵀ of BLOCK_P rows."""
+    offs_m = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     mask_r = offs_r < R
     a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        x = x_desc.load([pid_m * BLOCK_M, k])
+        x = rows_desc.load([pid_p * BLOCK_P, k])
         a = tl.load(a_ptrs, mask=(offs_k < K - k)[:, None] & mask_r[None, :], other=0.0)
         if DROPOUT == 1:
             seed = tl.load(seed_ptr)
@@ -140,10 +142,11 @@ def _store_masked_slice(
 
 @triton.jit(do_not_specialize=["drop_threshold"])
 def _lora_ticket_tma_kernel(
-    x_desc, w_desc, y_desc, a_ptr, b_ptr, bias_ptr, s_ptr, seed_ptr, counters_ptr,
+    x_desc, rows_desc, w_desc, y_desc, a_ptr, b_ptr, bias_ptr, s_ptr, seed_ptr, counters_ptr,
     scale, inverse_keep, M, N, K, R, stride_ar, stride_ak, stride_bn, stride_br, drop_threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, K_INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, K_INNER: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SCALE_IS_POINTER: tl.constexpr, PRECISION: tl.constexpr,
     THREADS: tl.constexpr, LOW_RANK_STAGES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -152,23 +155,25 @@ def _lora_ticket_tma_kernel(
     SLICES is how many parts a tile is stored in: 2, or 4 or 8 where DROPOUT is 2.
     """
     num_m, num_n, num_r = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_R)
-    producers = num_m * num_r
+    PARTS: tl.constexpr = BLOCK_M // BLOCK_P
+    num_p = tl.cdiv(M, BLOCK_P)
+    producers = num_p * num_r
     total = producers + num_m * num_n
     flags_ptr = counters_ptr + 2
     thread = tl.arange(0, THREADS)
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while ticket < total:
         if ticket < producers:
-            pid_m, pid_r = ticket // num_r, ticket % num_r
+            pid_p, pid_r = ticket // num_r, ticket % num_r
             factor = load_scale(scale, SCALE_IS_POINTER) * inverse_keep
             _low_rank_block(
-                x_desc, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_ar, stride_ak,
-                pid_m, pid_r, drop_threshold, BLOCK_M, BLOCK_K, BLOCK_R, LOW_RANK_STAGES,
+                rows_desc, a_ptr, s_ptr, seed_ptr, factor, M, K, R, stride_ar, stride_ak,
+                pid_p, pid_r, drop_threshold, BLOCK_P, BLOCK_K, BLOCK_R, LOW_RANK_STAGES,
                 DROPOUT, PRECISION,
             )  # fmt: skip
             # Every thread's part of s is stored before one thread releases the flag.
             tl.debug_barrier()
-            tl.atomic_add(flags_ptr + pid_m, 1, sem="release")
+            tl.atomic_add(flags_ptr + pid_p // PARTS, 1, sem="release")
             coming = tl.atomic_add(counters_ptr + thread, 1, mask=thread == 0, sem="relaxed")
         else:
             # The next ticket travels while the tile is worked on: one thread asks and nobody waits,
@@ -178,12 +183,13 @@ def _lora_ticket_tma_kernel(
             first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
             offs_m = first_m + tl.arange(0, BLOCK_M)
             offs_r = tl.arange(0, BLOCK_R)
+            expected = min(num_p - pid_m * PARTS, PARTS) * num_r
             acc = _base_product(
                 x_desc, w_desc, bias_ptr, first_m, first_n, N, K,
                 BLOCK_M, BLOCK_N, BLOCK_K, K_INNER, HAS_BIAS, PRECISION,
             )  # fmt: skip
             if DROPOUT == 2:
-                _wait(flags_ptr + pid_m, num_r)
+                _wait(flags_ptr + pid_m, expected)
                 s = _load_s(s_ptr, offs_m, offs_r, M, R)
                 seed = tl.load(seed_ptr)
                 left, right = _halves(acc)
@@ -199,7 +205,7 @@ def _lora_ticket_tma_kernel(
                     )  # fmt: skip
             else:
                 offs_n = first_n + tl.arange(0, BLOCK_N)
-                _wait(flags_ptr + pid_m, num_r)
+                _wait(flags_ptr + pid_m, expected)
                 s = _load_s(s_ptr, offs_m, offs_r, M, R)
                 b = _load_b(b_ptr, offs_n, offs_r, N, R, stride_bn, stride_br)
                 acc = _add_low_rank(

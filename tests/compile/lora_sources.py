@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import LoRATile, low_rank_stages, rank_block, store_slices
+from peft_kernels.core.tiles import (
+    LoRATile,
+    low_rank_rows,
+    low_rank_stages,
+    rank_block,
+    store_slices,
+)
 
 _LOW_RANK = {
     "x_ptr": "*{t}", "a_ptr": "*{t}", "s_ptr": "*{t}", "seed_ptr": "*i64", "scale": "fp32",
@@ -70,6 +76,7 @@ def tma_product(
     slices = store_slices(tile, dropout == 2)
     blocks = {
         "x_desc": (tile.block_m, tile.block_k),
+        "rows_desc": (low_rank_rows(tile), tile.block_k),
         "w_desc": w_block,
         "y_desc": (tile.block_m, tile.block_n // slices),
     }
@@ -77,6 +84,7 @@ def tma_product(
     constants |= {
         "K_INNER": direction == "forward", "THREADS": 32 * tile.num_warps,
         "LOW_RANK_STAGES": low_rank_stages(tile), "SLICES": slices,
+        "BLOCK_P": low_rank_rows(tile),
     }  # fmt: skip
     # Ranks are multiples of 16 here, and so is every stride of A and B.
     strides = {"stride_ar", "stride_ak", "stride_bn", "stride_br"}
