@@ -3,8 +3,8 @@
 Needs no network and no installed peft_kernels: torch, Triton, pytest, and for the CPU kernels a
 compiler and pybind11. Writes report.json, logs and the tests' junit files to $OUT (out/gpu-report/)
 and prints a short table last. STAGE=tests builds and tests, STAGE=timing times what is there; names
-of methods (ARGS="adapter prompt") time these alone; LIMIT_S is how long it may take (500). DRY_RUN=1
-walks the same way without a GPU, in Triton's interpreter.
+of methods (ARGS="adapter prompt") time these alone; LIMIT_S is how long it may take (500).
+DRY_RUN=1 walks the same way without a GPU, in Triton's interpreter.
 
 Exit status: 0, 1 if a test or a numerics gate failed, 2 without a GPU or for an unknown name.
 """
