@@ -17,6 +17,10 @@ import torch
 
 Call = Callable[[], object]
 
+# Larger than any GPU's L2 cache; overwriting it takes no GPU less than this.
+_BLOCKER_BYTES = 1 << 29
+_LEAST_BLOCK_S = 60e-6
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -89,52 +93,48 @@ def wall_times(
 
 
 def device_times(
-    calls: Mapping[str, Call], seconds: float, *, slices: int = 4
+    calls: Mapping[str, Call], seconds: float, *, rounds: tuple[int, int] = (8, 400)
 ) -> dict[str, Timing]:
-    """Time device work by events with a cold L2 cache, by ``triton.testing.do_bench``.
+    """Time device work by events, with a cold L2 cache and without the host.
 
-    A call is replayed as a CUDA graph: launched one by one, short kernels would be timed by how
-    fast the host launches them, which the wall clock tells. A call that waits for the device
-    cannot be captured and is timed as it is. Each provider's repetitions come in ``slices``,
-    providers taking turns.
+    Before each call the device is kept busy, overwriting memory, for longer than the host takes to
+    launch the call: its kernels then follow one another, however slow the host is. A call that
+    waits for the device is timed with its wait.
 
     Args:
         calls: what is timed, by name.
-        seconds: device time over all calls, cache clearing and warm-up not counted.
-        slices: how many turns each provider takes.
+        seconds: roughly how long, over all calls.
+        rounds: least and most rounds whatever ``seconds`` says; each round times every call once.
     """
-    from triton.testing import do_bench
-
-    rep_ms = max(5.0, 1e3 * seconds / (slices * max(1, len(calls))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    replays = {name: replayed(call) for name, call in calls.items()}
-    for index in range(slices):
-        warmup_ms = 25 if index == 0 else 5
-        for name, call in replays.items():
-            samples[name] += do_bench(call, warmup=warmup_ms, rep=rep_ms, return_mode="all")
-    return {name: summarise(values) for name, values in samples.items()}
-
-
-def replayed(call: Call) -> Call:
-    """Return what replays the launches of ``call`` as a CUDA graph; ``call`` if none can be made.
-
-    Its results stay where the first replay puts them: this is for timing alone.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is made at first calls must not be captured
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
+    blocker = torch.empty(_BLOCKER_BYTES, dtype=torch.int8, device="cuda")
+    blocks, round_s = {}, 0.0
+    for name, call in calls.items():
+        call()
         torch.cuda.synchronize()
-        return call
-    return graph.replay
+        starts = [time.perf_counter()]
+        for _ in range(4):
+            call()
+            starts.append(time.perf_counter())
+        torch.cuda.synchronize()
+        host_s = max(after - before for before, after in zip(starts, starts[1:], strict=False))
+        # Twice as long as it took: the host too has its slow moments.
+        blocks[name] = 1 + math.ceil(2 * host_s / _LEAST_BLOCK_S)
+        round_s += (time.perf_counter() - starts[0]) / 4 + blocks[name] * _LEAST_BLOCK_S
+    total = min(rounds[1], max(rounds[0], int(seconds / max(round_s, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for index in range(total):
+        first = index % len(names)  # nobody always runs after the same neighbour
+        for name in names[first:] + names[:first]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(blocks[name]):
+                blocker.zero_()
+            start.record()
+            calls[name]()
+            end.record()
+            torch.cuda.synchronize()
+            samples[name].append(start.elapsed_time(end))
+    return {name: summarise(values) for name, values in samples.items()}
 
 
 def synchronizer(device: torch.device) -> Call | None:

@@ -149,6 +149,12 @@ def test_summary_of_nothing_measured_still_comes_out() -> None:
     assert ok and "DRY RUN" in text and "not run, out of time: main x" in text
 
 
+def test_an_unknown_stage_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("STAGE", "everything")
+    assert gpu_report.main() == 2
+    assert "stages are tests, timing" in capsys.readouterr().err
+
+
 def test_items_are_every_case_before_any_variant() -> None:
     items = gpu_timing.items(dry=False)
     assert items[:8] == [f"main {case.name}" for case in REPORT_CASES]
