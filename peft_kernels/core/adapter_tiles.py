@@ -121,7 +121,13 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
         ("16bit", "many", "forward", 128): AdapterTile("fused", 64, 64, 4, 4),
         ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 3),
     },
-    "sm_100": {("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2)},
+    "sm_100": {
+        ("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2),
+        ("fp32", "few", "backward", 128): AdapterTile("fused", 16, 32, 8, 2),
+        ("fp32", "few", "backward", 256): AdapterTile("fused", 16, 32, 8, 2),
+        ("fp32", "ragged", "forward", 16): AdapterTile("fused", 32, 32, 4, 2),
+        ("fp32", "ragged", "backward", 128): AdapterTile("fused", 16, 32, 4, 2),
+    },
 }
 
 # The gradients of the parameters need registers for the scale, its gradient and the mask, so that
@@ -141,8 +147,8 @@ _REDUCTION_TILES_32BIT = {
     64: ReductionTile(32, 64, 32, 4, 2),
 }
 _REDUCTION_TILES_32BIT_COMPACT = _REDUCTION_TILES_32BIT | {
-    32: ReductionTile(32, 32, 32, 4, 2),
-    64: ReductionTile(32, 32, 32, 4, 2),
+    32: ReductionTile(32, 32, 32, 8, 2),
+    64: ReductionTile(32, 32, 32, 8, 2),
 }
 # Where D is no multiple of 16.
 _REDUCTION_TILE_UNALIGNED = ReductionTile(32, 64, 32, 8, 2)

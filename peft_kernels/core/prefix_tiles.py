@@ -91,25 +91,25 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
     "fp32": {
         "sm_80": {
             "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",
-            "query": "64x32x8x2 32x32x8x2  32x32x8x2 32x32x8x2",
+            "query": "64x32x8x2 32x32x8x2  32x32x8x2 16x32x4x2",
             "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
             "prefix": "32x128x8x2 32x32x8x2  64x64x8x2 32x32x8x2",
         },
         "sm_86": {
             "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",
-            "query": "64x32x8x2 32x32x8x2  16x32x4x2 32x32x8x2",
+            "query": "32x32x8x2 32x32x8x2  16x32x4x2 32x32x8x2",
             "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
-            "prefix": "32x128x8x2 32x32x8x2  32x32x8x2 32x32x8x2",
+            "prefix": "32x64x8x2 32x32x8x2  32x32x8x2 32x32x8x2",
         },
         "sm_90": {
-            "forward": "128x64x8x3 128x64x8x3  128x32x8x2 128x32x8x2",
-            "query": "128x64x8x2 128x32x8x2  128x32x8x2 16x32x4x2",
+            "forward": "128x64x8x3 128x64x8x3  64x16x4x2 128x32x8x2",
+            "query": "128x64x8x2 128x32x8x2  32x32x8x2 16x32x4x2",
             "key": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
             "prefix": "64x128x8x2 32x128x8x2  32x32x8x2 32x32x8x2",
         },
         "sm_100": {
-            "forward": "128x64x8x2 128x64x8x3  128x32x8x2 128x32x8x2",
-            "query": "128x64x8x2 64x64x8x2  16x16x4x2 32x32x8x2",
+            "forward": "128x64x8x2 128x64x8x3  128x32x8x2 64x32x8x2",
+            "query": "128x64x8x2 64x64x8x2  16x16x4x2 16x32x4x2",
             "key": "64x128x8x2 32x128x8x2  32x64x8x2 32x64x8x2",
             "prefix": "64x128x8x2 64x128x8x2  32x64x8x2 32x64x8x2",
         },

@@ -82,8 +82,9 @@ class CopyTile:
 # backward is "backward", or "masked" under dropout, whose epilogue needs registers for the mask.
 # "+" marks ranks above 16: their blocks of a, b and s need registers too.
 _WIDE = {
-    "decode": LoRATile("recompute", 16, 64, 128, 4, 4),
-    "decode+": LoRATile("recompute", 16, 64, 64, 4, 4),
+    # 64 columns left half of an H200 without work at 4096 columns.
+    "decode": LoRATile("recompute", 16, 32, 128, 4, 4),
+    "decode+": LoRATile("recompute", 16, 32, 64, 4, 4),
     "small": LoRATile("ticket", 64, 64, 64, 4, 4),
     "small+": LoRATile("ticket", 64, 64, 64, 4, 4),
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
@@ -147,7 +148,7 @@ _LORA_TF32 = {
     "decode": LoRATile("recompute", 16, 64, 64, 4, 3),
     "decode+": LoRATile("recompute", 16, 64, 32, 4, 3),
     "small": LoRATile("ticket", 64, 64, 32, 4, 3),
-    "small+": LoRATile("ticket", 64, 64, 32, 8, 3),
+    "small+": LoRATile("ticket", 64, 64, 32, 4, 3),
     "large": LoRATile("ticket", 128, 64, 32, 8, 3),
     "large+": LoRATile("ticket", 128, 64, 32, 8, 3),
     "backward": LoRATile("ticket", 128, 64, 32, 8, 3),
@@ -158,12 +159,12 @@ _LORA_TF32 = {
 # Where K is no multiple of 64, or N, a stride or an address none of 16: loads are masked or cannot
 # be asynchronous copies, pass through registers, and leave fewer of them for the tile.
 _UNALIGNED = LoRATile("ticket", 64, 64, 64, 8, 2)
-_UNALIGNED_TF32 = LoRATile("ticket", 64, 64, 32, 8, 2)
+_UNALIGNED_TF32 = LoRATile("ticket", 64, 32, 32, 4, 2)
 # What computes s alone, for "split" and for a backward that needs no dx.
 LOW_RANK_TILE = LoRATile("split", 64, 64, 64, 4, 3)
 LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
 # Exact float32 products run off the tensor cores and need more registers.
-LOW_RANK_TILE_EXACT = LoRATile("split", 64, 64, 32, 8, 2)
+LOW_RANK_TILE_EXACT = LoRATile("split", 32, 64, 32, 4, 2)
 _INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
 # By the ranks of a block: 16, 32, and what ranks above 32 take.
@@ -179,14 +180,14 @@ _REDUCTION_TILES_BY_FAMILY = {
 }
 # A block of 64 ranks in float32 spills on some families.
 REDUCTION_TILES_32BIT = {
-    16: ReductionTile(32, 64, 16, 8, 2),
+    16: ReductionTile(32, 64, 16, 4, 2),
     32: ReductionTile(32, 64, 32, 8, 2),
     64: ReductionTile(32, 64, 32, 8, 2),
 }
 REDUCTION_TILES_EXACT = {
     16: ReductionTile(16, 64, 16, 8, 2),
-    32: ReductionTile(16, 64, 32, 8, 2),
-    64: ReductionTile(16, 64, 32, 8, 2),
+    32: ReductionTile(16, 32, 32, 4, 2),
+    64: ReductionTile(16, 32, 32, 4, 2),
 }
 _REDUCTION_TILES_INTERPRETED = {
     16: ReductionTile(32, 32, 16, 4, 1),
