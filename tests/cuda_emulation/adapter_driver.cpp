@@ -156,8 +156,10 @@ void check(Type type, double tolerance, const Case& given) {
 #ifdef PK_SMALL_TILES
 void check_all() {
   check<Half>(Type::kFloat16, 2e-2, {75, 37, 40, 0, 32, true, true, 1});
+  check<Half>(Type::kFloat16, 2e-2, {90, 48, 5, 3, 32, false, false, 0});
+#ifndef __SANITIZE_THREAD__
   check<Half>(Type::kFloat16, 2e-2, {40, 48, 8, 0, 32, false, false, 0});
-  check<Half>(Type::kFloat16, 2e-2, {90, 37, 5, 3, 32, true, false, 0});
+#endif
 }
 #else
 template <typename T>
