@@ -1,5 +1,5 @@
-// The token reduction in tiles of 32 x 32 of Half and blocks of 64 threads, for the drivers that run
-// their kernels so: several blocks then are few enough threads for ThreadSanitizer.
+// The token reduction in tiles of 32 x 32 of Half and blocks of 64 threads, for the drivers that
+// run their kernels so: several blocks then are few enough threads for ThreadSanitizer.
 #pragma once
 
 #include "token_reduction.h"

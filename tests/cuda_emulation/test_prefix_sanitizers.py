@@ -61,12 +61,6 @@ FORWARD_MUTANTS = [
         "from_float<T>(sum * factor);\n    });",
     ),
     Mutant(
-        "prefix: barrier before the result's panel is written again",
-        "prefix_panel.h",
-        f"    {_SYNC}\n  }}\n}}\n\n// Combine",
-        "  }\n}\n\n// Combine",
-    ),
-    Mutant(
         "prefix: zeros behind a line by elements",
         "prefix_panel.h",
         "pack[j] = inside && j < left ? source[j] : zero<T>();",
@@ -100,12 +94,6 @@ FORWARD_MUTANTS = [
 ]
 MUTANTS = [
     Mutant(
-        "prefix: barrier after the rows of a tile in the query gradient",
-        "prefix_query_gradient.cu",
-        f"{_BOUNDS}  {_SYNC}",
-        _BOUNDS,
-    ),
-    Mutant(
         "prefix: barrier after the numbers of rows are cleared",
         "prefix_query_gradient.cu",
         f"  {_SYNC}\n  if constexpr (!kExact)",
@@ -116,12 +104,6 @@ MUTANTS = [
         "prefix_query_gradient.cu",
         f"if (step == 2) {{\n      {_SYNC}",
         "if (step == 2) {",
-    ),
-    Mutant(
-        "prefix: barrier after the sums of rows are changed",
-        "prefix_query_gradient.cu",
-        f"      {_SYNC}\n      if (!gradients.d_query) break;",
-        "      if (!gradients.d_query) break;",
     ),
     Mutant(
         "prefix: 16 bytes of shared memory in the query gradient",
@@ -159,12 +141,6 @@ MUTANTS = [
         "  if (i >= size) return;\n",
         "",
         seen_by="address",
-    ),
-    Mutant(
-        "prefix: barrier before the gate's gradient is summed",
-        "prefix_backward.cu",
-        f"shared[device::thread_x()] = total;\n  {_SYNC}",
-        "shared[device::thread_x()] = total;",
     ),
     Mutant(
         "prefix: barrier while the gate's gradient is summed",
