@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,12 @@ RUNTIME = HERE / "fibers.cpp"
 
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2
 
+# Lines alone of what a debugger wants, and with UBSan no optimisation: most of the time is
+# compilation.
 SANITIZERS: dict[str | None, list[str]] = {
     None: [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"],
-    "thread": ["-fsanitize=thread", "-g"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O0"],
+    "thread": ["-fsanitize=thread", "-g1"],
 }
 
 
@@ -110,17 +113,17 @@ def _build(
     compile_flags = [
         "-std=c++20", "-O1", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden",
         "-ffp-contract=off", "-Wno-unknown-pragmas", "-DPEFT_KERNELS_EMULATED",
-        f"-I{csrc / 'cuda'}", f"-I{csrc}", f"-I{HERE}", *SANITIZERS[sanitizer], *flags,
+        *SANITIZERS[sanitizer], *flags,
     ]  # fmt: skip
+    # Not part of a key: what is included is. A copy of csrc with one file changed has every object
+    # compiled already that does not include it.
+    folders = [csrc / "cuda", csrc, HERE]
     link_flags = [*SANITIZERS[sanitizer], "-pthread", *(["-shared"] if shared else [])]
     if torch:
         compile_flags += _torch_compile_flags()
         link_flags += _torch_link_flags()
-    headers = _digest(
-        *sorted(csrc.glob("cuda/*.h")), *sorted(csrc.glob("cuda_binding/*.h")), *HERE.glob("*.h")
-    )
     CACHE.mkdir(parents=True, exist_ok=True)
-    keys = [_key(headers, _digest(path), str(path.name), *compile_flags) for path in paths]
+    keys = [_key(_digest(*_with_included(path, folders)), *compile_flags) for path in paths]
     target = CACHE / _key("link", *keys, *link_flags)
     if shared:
         target = target.with_suffix(".so")
@@ -131,7 +134,8 @@ def _build(
             return target
         objects = [CACHE / f"{key}.o" for key in keys]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(_compile, paths, objects, [compile_flags] * len(paths)))
+            each_flags = [[*compile_flags, *(f"-I{folder}" for folder in folders)]] * len(paths)
+            list(pool.map(_compile, paths, objects, each_flags))
         unfinished = target.with_suffix(f".{os.getpid()}")
         _run([COMPILER, *map(str, objects), *link_flags, "-o", str(unfinished)])
         unfinished.rename(target)
@@ -144,7 +148,7 @@ def _compile(source: Path, target: Path, flags: Sequence[str]) -> None:
     flags = list(flags)
     if source == RUNTIME:
         # The matrix products are made here. Threads of the emulated GPU, not of the runtime, race.
-        flags = ["-O2" if each == "-O1" else each for each in flags]
+        flags.append("-O2")
         if "-fsanitize=thread" in flags:
             flags = [each for each in flags if each != "-fsanitize=thread"] + ["-DPK_TSAN"]
     # Another process may be at the same object for another target.
@@ -162,6 +166,18 @@ def _run(command: list[str]) -> None:
 def _key(*parts: str) -> str:
     text = "\n".join((*parts, _compiler_version())).replace(str(ROOT), "")
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _with_included(source: Path, folders: Sequence[Path]) -> list[Path]:
+    """Return a source and what it includes of ``folders``, directly or not."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^ *# *include "(.+)"', path.read_text(), re.MULTILINE):
+            places = [folder / name for folder in (path.parent, *folders)]
+            place = next((each for each in places if each.exists()), None)
+            if place and place not in found:
+                found.append(place)
+    return found
 
 
 def _digest(*paths: Path) -> str:

@@ -1,81 +1,32 @@
 // LoRA forward and backward without Python, for sanitizers and mutants: every result is compared
 // with sums in double, and the counters must be zero again.
 //
-//     lora_driver ORDER SEED BLOCKS      as pk_emulation_order and pk_emulation_resident take them
-//
 // With PK_SMALL_TILES the kernels run in tiles of 32 x 32 and blocks of 64 threads: several blocks
 // then are few enough threads for ThreadSanitizer, and one file is all there is to compile.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
+#include "driver.h"
 
 #ifdef PK_SMALL_TILES
 #include "lora_kernel.h"
-#include "token_reduction.cu"
+#include "small_reduction.h"
 #else
 #include "lora.h"
 #include "token_reduction.h"
 #endif
 
-extern "C" void pk_emulation_order(int order, uint64_t seed);
-extern "C" void pk_emulation_resident(int blocks);
-
 namespace {
 
 using namespace pk;
+using namespace pk::driver;
 
+#ifdef PK_SMALL_TILES
 int product(const LoRAProduct& call) {
-#ifdef PK_SMALL_TILES
-  using S = Shape<32, 32, 32, 1, 2>;
-  return call.along ? launch_lora<TileProduct<Half, S, true, true>>(call, nullptr)
-                    : launch_lora<TileProduct<Half, S, true, false>>(call, nullptr);
+  return call.along ? launch_lora<TileProduct<Half, SmallShape, true, true>>(call, nullptr)
+                    : launch_lora<TileProduct<Half, SmallShape, true, false>>(call, nullptr);
+}
 #else
-  return lora_product(call, nullptr);
+int product(const LoRAProduct& call) { return lora_product(call, nullptr); }
+int reduction(const TokenReduction& call) { return token_reduction(call, nullptr); }
 #endif
-}
-
-int reduction(const TokenReduction& call) {
-#ifdef PK_SMALL_TILES
-  return launch_reduction<Half, Shape<32, 32, 32, 1, 2>>(call, nullptr);
-#else
-  return token_reduction(call, nullptr);
-#endif
-}
-
-std::mt19937 generator(1);
-
-// A matrix of T, `offset` elements off a multiple of 16 bytes, filled with NaN until it is drawn.
-template <typename T>
-struct Matrix {
-  int64_t rows, columns;
-  std::vector<T> memory;
-  T* data;
-
-  Matrix(int64_t rows, int64_t columns, int offset = 0)
-      : rows(rows), columns(columns), memory(rows * columns + offset, from_float<T>(NAN)),
-        data(memory.data() + offset) {}
-  Matrix draw(double size) {
-    std::normal_distribution<float> normal(0.0f, static_cast<float>(size));
-    for (int64_t i = 0; i < rows * columns; ++i) data[i] = from_float<T>(normal(generator));
-    return std::move(*this);
-  }
-  double at(int64_t row, int64_t column) const { return to_float(data[row * columns + column]); }
-};
-
-int wrong = 0;
-
-void expect(const char* name, double actual, double exact, double tolerance) {
-  if (std::fabs(actual - exact) <= tolerance * (1.0 + std::fabs(exact))) return;
-  if (++wrong < 8) std::printf("%s: %g is not %g\n", name, actual, exact);
-}
-
-void expect_launched(int status) {
-  if (!status) return;
-  std::printf("%s\n", device::last_error().c_str());
-  std::exit(2);
-}
 
 template <typename T>
 void check(
@@ -165,15 +116,12 @@ void check_all(Type type, double tolerance) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) return 64;
-  pk_emulation_order(std::atoi(arguments[1]), std::strtoull(arguments[2], nullptr, 10));
-  pk_emulation_resident(std::atoi(arguments[3]));
-  check_all<Half>(Type::kFloat16, 1e-2);
+  return run(count, arguments, [] {
+    check_all<Half>(Type::kFloat16, 1e-2);
 #ifndef PK_SMALL_TILES
-  check_all<float>(Type::kFloat32, 1e-4);
-  check_all<BFloat16>(Type::kBFloat16, 5e-2);
-  check<Half>(Type::kFloat16, 1e-2, 150, 140, 40, 9, true, 0);
+    check_all<float>(Type::kFloat32, 1e-4);
+    check_all<BFloat16>(Type::kBFloat16, 5e-2);
+    check<Half>(Type::kFloat16, 1e-2, 150, 140, 40, 9, true, 0);
 #endif
-  std::printf(wrong ? "%d values are wrong\n" : "right\n", wrong);
-  return wrong != 0;
+  });
 }

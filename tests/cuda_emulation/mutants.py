@@ -27,6 +27,11 @@ class Mutant:
     after: str
     seen_by: str = "results"
 
+    @property
+    def id(self) -> str:
+        """The name as pytest takes it, without the kernel that it begins with."""
+        return self.name.split(": ")[-1].replace(" ", "-")
+
     def sources(self) -> Path:
         """Return a copy of csrc with the change made: its path depends on the name alone."""
         folder = build.CACHE / "mutants" / self.name.replace(" ", "-")

@@ -1,37 +1,14 @@
 // Prompt tuning's kernels without Python, for sanitizers and mutants: every result is compared with
-// loops that say what it should be. Each array is as large as it is used, so that AddressSanitizer
-// sees the byte behind it.
-//
-//     prompt_driver ORDER SEED BLOCKS      as pk_emulation_order and pk_emulation_resident take them
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
+// loops that say what it should be.
 #include <map>
-#include <random>
-#include <vector>
 
+#include "driver.h"
 #include "prompt.h"
-
-extern "C" void pk_emulation_order(int order, uint64_t seed);
-extern "C" void pk_emulation_resident(int blocks);
 
 namespace {
 
 using namespace pk;
-
-std::mt19937 generator(1);
-int wrong = 0;
-
-void expect(const char* name, double actual, double exact) {
-  if (actual == exact) return;
-  if (++wrong < 8) std::printf("%s: %g is not %g\n", name, actual, exact);
-}
-
-void expect_launched(int status) {
-  if (!status) return;
-  std::printf("%s\n", device::last_error().c_str());
-  std::exit(2);
-}
+using namespace pk::driver;
 
 // Small integers: sums of them are exact, in every dtype and order.
 template <typename T>
@@ -40,9 +17,6 @@ std::vector<T> drawn(int64_t size) {
   for (T& value : values) value = from_float<T>(static_cast<float>(generator() % 5));
   return values;
 }
-
-template <typename T>
-std::vector<T> nans(int64_t size) { return std::vector<T>(size, from_float<T>(NAN)); }
 
 template <typename T, typename MaskInteger>
 void check(Type type, int64_t B, int64_t S, int64_t P, int64_t D, bool per_sample) {
@@ -120,18 +94,15 @@ void check(Type type, int64_t B, int64_t S, int64_t P, int64_t D, bool per_sampl
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) return 64;
-  pk_emulation_order(std::atoi(arguments[1]), std::strtoull(arguments[2], nullptr, 10));
-  pk_emulation_resident(std::atoi(arguments[3]));
-  check<float, int64_t>(Type::kFloat32, 3, 7, 2, 5, false);
-  // More columns than a block takes at a time, twice; no embeddings, for they are many blocks.
-  check<float, uint8_t>(Type::kFloat32, 2, 2100, 3, 0, false);
+  return run(count, arguments, [] {
+    check<float, int64_t>(Type::kFloat32, 3, 7, 2, 5, false);
+    // More columns than a block takes at a time, twice; no embeddings, for they are many blocks.
+    check<float, uint8_t>(Type::kFloat32, 2, 2100, 3, 0, false);
 #ifndef __SANITIZE_THREAD__  // it never gives back what it keeps of a thread
-  check<float, uint8_t>(Type::kFloat32, 19, 2, 3, 8, true);
-  check<Half, int16_t>(Type::kFloat16, 2, 5, 4, 24, false);
-  check<BFloat16, int32_t>(Type::kBFloat16, 17, 3, 2, 9, false);
-  check<float, uint8_t>(Type::kFloat32, 2, 1200, 3, 1, false);
+    check<float, uint8_t>(Type::kFloat32, 19, 2, 3, 8, true);
+    check<Half, int16_t>(Type::kFloat16, 2, 5, 4, 24, false);
+    check<BFloat16, int32_t>(Type::kBFloat16, 17, 3, 2, 9, false);
+    check<float, uint8_t>(Type::kFloat32, 2, 1200, 3, 1, false);
 #endif
-  std::printf(wrong ? "%d values are wrong\n" : "right\n", wrong);
-  return wrong != 0;
+  });
 }

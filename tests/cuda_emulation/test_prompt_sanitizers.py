@@ -7,7 +7,7 @@ import pytest
 from tests.cuda_emulation import build
 from tests.cuda_emulation.emulated import ORDERS
 from tests.cuda_emulation.mutants import Mutant
-from tests.cuda_emulation.test_lora_sanitizers import MORE_ORDERS, RACE_ORDERS, failure
+from tests.cuda_emulation.sanitizers import MORE_ORDERS, RACE_ORDERS, failure
 
 SOURCES = [build.HERE / "prompt_driver.cpp", "cuda/prompt.cu"]
 
@@ -72,10 +72,6 @@ BEYOND = [
 ]
 
 
-def name(mutant: Mutant) -> str:
-    return mutant.name.removeprefix("prompt: ").replace(" ", "-")
-
-
 def test_results_are_right() -> None:
     """Without this, a mutant that fails would prove nothing."""
     assert failure(build.program(SOURCES), MORE_ORDERS) is None
@@ -90,7 +86,7 @@ def test_no_race() -> None:
     assert failure(program, RACE_ORDERS, blocks=1) is None
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.id)
 def test_a_mutant_is_noticed(mutant: Mutant) -> None:
     assert failure(build.program(SOURCES, csrc=mutant.sources()), MORE_ORDERS)
 
@@ -101,7 +97,7 @@ def test_a_race_is_noticed() -> None:
     assert found and "data race" in found
 
 
-@pytest.mark.parametrize("mutant", BEYOND, ids=name)
+@pytest.mark.parametrize("mutant", BEYOND, ids=lambda mutant: mutant.id)
 def test_a_mutant_that_goes_too_far_is_noticed(mutant: Mutant) -> None:
     found = failure(build.program(SOURCES, csrc=mutant.sources(), sanitizer="address"), [ORDERS[0]])
     assert found and "AddressSanitizer" in found
