@@ -1,4 +1,4 @@
-"""A launch that finds no memory, first or later, forward or backward: what every method then does."""
+"""A launch that finds no memory, first or later, forward or backward, and what comes after it."""
 
 from __future__ import annotations
 
