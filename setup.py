@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT / "csrc"))  # a build frontend runs this file withou
 import cuda_build  # noqa: E402
 
 CHOICES = ("auto", "none", "cpu", "cuda")
-# What costs most to compile is left out: vtables, and checks of every pointer beside ASan's own.
+# What costs most to compile is left out: vtables, checks of every pointer beside ASan's own, and
+# all but one of the versions of a function for several CPUs, which are one source.
+ONE_VERSION = '-DPK_CLONES=__attribute__((target("avx2,fma")))'
 SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize=vptr,null,alignment,object-size,pointer-overflow",
@@ -51,8 +53,7 @@ def extension() -> dict[str, Any]:
             raise SystemExit(f"PEFT_KERNELS_BUILD={choice}: {error}. {HOW}") from error
         return say(f"no compiled kernels ({error}): a pure-Python wheel. To compile: {HOW}")
     sanitized = os.environ.get("PEFT_KERNELS_SANITIZE") == "1"
-    # The clones of a function for several CPUs are one source: under a sanitizer one is enough.
-    how = ["-O1", "-g1", "-DPK_CLONES=", *SANITIZERS] if sanitized else ["-O3"]
+    how = ["-O1", "-g1", ONE_VERSION, *SANITIZERS] if sanitized else ["-O3"]
     module = CppExtension(
         "peft_kernels._C",
         files("csrc", "*.cpp") + files("csrc", "cpu/*.cpp"),

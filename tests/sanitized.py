@@ -8,6 +8,7 @@ a plugin of that pytest, this module puts the sanitized `_C` in the place of the
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -36,16 +37,19 @@ def runtimes() -> list[str]:
 
 
 def build() -> subprocess.CompletedProcess[str]:
-    """Compile what has changed of the sanitized `_C`."""
+    """Compile what has changed of the sanitized `_C`; one process at a time."""
     command = [sys.executable, "setup.py", "-q", "build_ext"]
-    return subprocess.run(
-        [*command, "--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")],
-        cwd=ROOT,
-        env=os.environ | {"PEFT_KERNELS_BUILD": "cpu", "PEFT_KERNELS_SANITIZE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return subprocess.run(
+            [*command, "--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")],
+            cwd=ROOT,
+            env=os.environ | {"PEFT_KERNELS_BUILD": "cpu", "PEFT_KERNELS_SANITIZE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
 
 def environment() -> dict[str, str]:
