@@ -7,6 +7,7 @@ PEFT_KERNELS_BUILD chooses what is compiled:
     cpu   `_C`, and an error where it cannot be built
     cuda  `_C` and `_C_cuda`, and an error where they cannot be built; any torch serves
 
+PEFT_KERNELS_SANITIZE=1 puts `_C` under AddressSanitizer and UndefinedBehaviorSanitizer, for tests.
 PEFT_KERNELS_CUDA_ARCHS, "80;90a", says what GPUs `_C_cuda` is for: those of this machine, else all.
 """
 
@@ -25,6 +26,14 @@ sys.path.insert(0, str(ROOT / "csrc"))  # a build frontend runs this file withou
 import cuda_build  # noqa: E402
 
 CHOICES = ("auto", "none", "cpu", "cuda")
+# What costs most to compile is left out: vtables, checks of every pointer beside ASan's own, and
+# all but one of the versions of a function for several CPUs, which are one source.
+ONE_VERSION = '-DPK_CLONES=__attribute__((target("avx2,fma")))'
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr,null,alignment,object-size,pointer-overflow",
+    "-fno-sanitize-recover=all",
+)
 HOW = "pip install torch ninja pybind11, then pip install --no-build-isolation ."
 
 
@@ -43,6 +52,8 @@ def extension() -> dict[str, Any]:
         if choice != "auto":
             raise SystemExit(f"PEFT_KERNELS_BUILD={choice}: {error}. {HOW}") from error
         return say(f"no compiled kernels ({error}): a pure-Python wheel. To compile: {HOW}")
+    sanitized = os.environ.get("PEFT_KERNELS_SANITIZE") == "1"
+    how = ["-O1", "-g1", ONE_VERSION, *SANITIZERS] if sanitized else ["-O3"]
     module = CppExtension(
         "peft_kernels._C",
         files("csrc", "*.cpp") + files("csrc", "cpu/*.cpp"),
@@ -50,7 +61,7 @@ def extension() -> dict[str, Any]:
         depends=files("csrc", "**/*.h"),
         extra_compile_args=[
             "-std=c++20",
-            "-O3",
+            *how,
             "-fvisibility=hidden",
             "-Wno-psabi",
             # The oldest torch whose stable ABI this build uses; it runs on every later one too.
@@ -58,6 +69,7 @@ def extension() -> dict[str, Any]:
             f'-DPEFT_KERNELS_VERSION="{version()}"',
             f'-DPEFT_KERNELS_BUILT_WITH_TORCH="{torch.__version__}"',
         ],
+        extra_link_args=list(SANITIZERS) if sanitized else [],
     )
     why_no_cuda = without_cuda(choice, torch.version.cuda)
     if why_no_cuda:

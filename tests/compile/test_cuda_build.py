@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -167,8 +168,10 @@ def has_nvcc() -> bool:
 def library() -> Path:
     """Build the real library for one architecture; a second run compiles what has changed."""
     folder = ROOT / "build" / "cuda_library"
-    with pytest.MonkeyPatch.context() as patch:
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, (folder / ".lock").open("w") as lock:
         patch.setenv("PEFT_KERNELS_CUDA_ARCHS", "80")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests may be spread over processes
         cuda_build.build(folder / "_C_cuda.so", folder / "objects", peft_kernels.__version__)
     return folder / "_C_cuda.so"
 

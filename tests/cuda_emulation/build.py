@@ -90,6 +90,10 @@ class Emulation:
         """Refuse a launch with more shared memory from now on, as a smaller GPU does."""
         self.library.pk_emulation_shared_bytes(most)
 
+    def launches_with_memory(self, launches: int) -> None:
+        """Let so many launches from now on find memory, and none after them; -1: every one."""
+        self.library.pk_emulation_launches_with_memory(launches)
+
     def launched(self) -> list[str]:
         """Return the names of the kernels launched since the last call."""
         return self.library.pk_emulation_launched().decode().split()

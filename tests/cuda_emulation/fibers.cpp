@@ -58,11 +58,12 @@ Place* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kGuardBytes = 256;
-constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
+constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
 Settings settings;
 Launch* launch = nullptr;
 std::vector<std::string> launched;
+int launches_with_memory = -1;  // from now on; -1: every one
 std::vector<char*> free_stacks;
 void* scheduler_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
@@ -496,6 +497,8 @@ int run(
     return refuse(name, kInvalidConfiguration, "invalid configuration argument");
   if (block % 32) return refuse(name, kInvalidConfiguration, "emulated blocks are of full warps");
   if (shared_bytes > settings.shared_bytes) return refuse(name, kInvalidValue, "invalid argument");
+  if (launches_with_memory == 0) return refuse(name, kOutOfMemory, "out of memory");
+  if (launches_with_memory > 0) --launches_with_memory;
   launched.emplace_back(name);
   Launch state;
   state.grid = grid;
@@ -538,6 +541,11 @@ PK_EXPORT void pk_emulation_resident(int blocks) { pk::emulation::settings.resid
 // A block may have so many bytes of shared memory from now on.
 PK_EXPORT void pk_emulation_shared_bytes(int bytes) {
   pk::emulation::settings.shared_bytes = static_cast<size_t>(bytes);
+}
+
+// So many launches from now on find memory; -1: every one.
+PK_EXPORT void pk_emulation_launches_with_memory(int launches) {
+  pk::emulation::launches_with_memory = launches;
 }
 
 PK_EXPORT const char* pk_emulation_last_error() { return pk::device::last_error().c_str(); }
