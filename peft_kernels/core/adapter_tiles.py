@@ -121,6 +121,12 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
         ("16bit", "many", "forward", 128): AdapterTile("fused", 64, 64, 4, 4),
         ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 3),
     },
+    "sm_120": {
+        ("fp32", "many", "forward", 64): AdapterTile("fused", 32, 64, 4, 2),
+        ("fp32", "many", "forward", 128): AdapterTile("fused", 32, 32, 8, 2),
+        ("fp32", "many", "backward", 16): AdapterTile("fused", 32, 64, 4, 3),
+        ("fp32", "ragged", "backward", 64): AdapterTile("fused", 32, 32, 4, 2),
+    },
     "sm_100": {
         ("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2),
         ("fp32", "few", "backward", 128): AdapterTile("fused", 16, 32, 8, 2),
@@ -152,7 +158,10 @@ _REDUCTION_TILES_32BIT_COMPACT = _REDUCTION_TILES_32BIT | {
 }
 # Where D is no multiple of 16.
 _REDUCTION_TILE_UNALIGNED = ReductionTile(32, 64, 32, 8, 2)
-_REDUCTION_TILES_UNALIGNED = {"sm_100": ReductionTile(32, 32, 16, 4, 1)}
+_REDUCTION_TILES_UNALIGNED = {
+    "sm_100": ReductionTile(32, 32, 16, 4, 1),
+    "sm_120": ReductionTile(32, 32, 32, 4, 2),
+}
 
 FEW_TOKENS = 4096
 
