@@ -24,8 +24,7 @@ def assert_as_accurate_as_eager(
         eager: what eager PyTorch gives in the same dtype, adding in one order or in several: in
             one alone the worst element is the luck of this machine's BLAS. The largest counts.
         exact: the float64 result.
-        dtype: the dtype computed in; its rounding unit is granted, of float32 where tf32 is allowed
-            that of tf32.
+        dtype: the dtype computed in; its rounding unit is granted.
     """
     assert exact.dtype == torch.float64
     assert actual.shape == exact.shape, f"{name}: {actual.shape} is not {exact.shape}"
@@ -33,8 +32,6 @@ def assert_as_accurate_as_eager(
     # One dropped element may be zero; a whole tensor of zeros would prove nothing.
     assert exact.numel() <= 1 or exact.abs().max() > 0, f"{name}: all zeros"
     unit = torch.finfo(dtype).eps / 2
-    if dtype == torch.float32 and _may_be_tf32(actual.device):
-        unit = 2.0**-11
     if exact.numel() == 0:
         return
     difference = (actual.double() - exact).abs()
@@ -50,15 +47,11 @@ def assert_as_accurate_as_eager(
 
 def eager_forms(run: Callable[[], _T], device: torch.device) -> list[_T]:
     """Return what eager PyTorch gives, and where tf32 is allowed, also that of tf32 operands."""
-    if not _may_be_tf32(device):
+    if not (device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"):
         return [run()]
     with RoundedToTF32():
         rounded = run()
     return [run(), rounded]
-
-
-def _may_be_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class RoundedToTF32(TorchDispatchMode):

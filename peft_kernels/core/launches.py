@@ -139,7 +139,9 @@ def launch(kernel: Any, grid: Sequence[int], *positional: Any, **named: Any) -> 
     """Launch ``kernel[grid](*positional, **named)``, seen by the tape that is recorded, if any."""
     compiled = kernel[grid](*positional, **named)
     tape = getattr(_recording, "tape", None)
-    if tape is not None:
+    if tape is not None and compiled is None:  # a hook of Triton's kept it from being launched
+        tape.complete = False
+    elif tape is not None:
         bound = dict(zip(kernel.arg_names, positional, strict=False)) | named
         tape.launched(compiled, grid, [bound[name] for name in kernel.arg_names])
 
@@ -193,7 +195,6 @@ def remembered(launcher: Callable[..., None]) -> Callable[..., None]:
         else:
             tape.replay(tensors, device)
 
-    run.forget = tapes.clear  # type: ignore[attr-defined]
     return run
 
 

@@ -35,8 +35,11 @@ class _Kernel:
 
     arg_names = ("x_ptr", "number")
 
-    def __getitem__(self, grid: Any) -> Callable[..., _Kernel]:
-        return lambda *args, **named: self
+    def __init__(self) -> None:
+        self.compiled: _Kernel | None = self
+
+    def __getitem__(self, grid: Any) -> Callable[..., _Kernel | None]:
+        return lambda *args, **named: self.compiled
 
 
 @pytest.fixture
@@ -110,6 +113,15 @@ def test_what_did_more_than_launch_runs_every_time(calls: list[str], body: Any) 
 def test_a_launch_of_an_unknown_tensor_is_not_remembered(calls: list[str]) -> None:
     kept = torch.zeros(4)
     launcher = remembering(calls, lambda x: launches.launch(_Kernel(), (1,), kept, number=1))
+    for _ in range(2):
+        launcher(torch.zeros(4))
+    assert calls == ["prepared", "prepared"]
+
+
+def test_a_launch_that_triton_kept_back_is_not_remembered(calls: list[str]) -> None:
+    kernel = _Kernel()
+    kernel.compiled = None
+    launcher = remembering(calls, lambda x: launches.launch(kernel, (1,), x, number=1))
     for _ in range(2):
         launcher(torch.zeros(4))
     assert calls == ["prepared", "prepared"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_kernels import prefix_attention
 from peft_kernels.core import prefix_tiles
-from tests.prefix.problems import Problem, check, fused, problem, results
+from tests.prefix.problems import Problem, check, check_together, fused, problem, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -158,7 +158,9 @@ def test_as_accurate_as_eager(layout: str, size: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("size", [64, 100])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tf32_products_are_as_accurate_as_eagers(tf32: None, layout: str, size: int) -> None:
-    check(on_gpu(problem(**LAYOUTS[layout], size=size)), "triton", torch.float32)
+    # One draw's worst element of eager's is luck: four are judged as one problem.
+    cases = [on_gpu(problem(**LAYOUTS[layout], size=size, seed=seed)) for seed in range(4)]
+    check_together(cases, "triton", torch.float32)
 
 
 @pytest.mark.parametrize("size", [16, 20, 40, 96, 192, 256])
