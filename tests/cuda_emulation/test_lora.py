@@ -12,7 +12,7 @@ from peft_kernels.core import rng
 from peft_kernels.lora import cuda
 from tests.cuda_emulation import build
 from tests.cuda_emulation.emulated import ORDERS
-from tests.lora.problems import Problem, judge, problem
+from tests.lora.problems import Problem, eager, judge, problem, results
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
@@ -79,6 +79,20 @@ def test_as_accurate_as_eager_and_the_same_bits_in_every_order(
     emulated.order(build.ASCENDING)
     judge(given, found[0], dtype)
     assert all(equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("deep", ["in", "out", "tokens"])
+def test_float_sums_lose_no_more_the_deeper_they_are(deep: str) -> None:
+    sizes = {"tokens": 20, "out": 20, "in": 20} | {deep: 6000}
+    given = problem(sizes["tokens"], sizes["out"], sizes["in"], 4)
+    wide = given.inputs(torch.float64)
+    exact = results(eager(given, wide), wide, given.dy)
+    # A CPU's eager is no measure here: its error grows with the depth as well.
+    for name, value in run(given).items():
+        error, size = (
+            t.double().square().mean().sqrt() for t in (value - exact[name], exact[name])
+        )
+        assert error <= 3 * torch.finfo(torch.float32).eps / 2 * size, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

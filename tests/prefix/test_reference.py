@@ -39,6 +39,14 @@ def _small(layout: str, **more: object) -> Problem:
     return problem(**(sizes | LAYOUTS[layout] | more))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("heads", [2, 40], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_long_sums_of_few_rows_in_parts_leave_nothing_out(dtype: torch.dtype, heads: int) -> None:
+    """Keys, prefix and features are more than one part, and no multiple of it."""
+    given = problem(2, heads, 2, 1, 70, 45, 40, causal=True, dtype=dtype)
+    check(given, "reference", dtype)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
