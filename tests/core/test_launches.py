@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,20 +10,13 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import launches, tiles, triton_runtime
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.compile.runner import without_interpreter
 
 
 @pytest.mark.skipif(triton_runtime.import_problem() is not None, reason="needs Triton: not run")
 @pytest.mark.parametrize("method", ["lora", "ticket_tma", "adapter", "prefix", "prompt"])
 def test_a_remembered_call_launches_what_a_direct_one_does(method: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.core.remembered_launches", method],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "replayed" in done.stdout
+    assert "replayed" in without_interpreter("tests.core.remembered_launches", method)
 
 
 class _Kernel:
