@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.roofline import Work
 from peft_kernels import explain
-from peft_kernels.core import tiles
+from peft_kernels.core import lora_tiles
 
 CPU, GPU, HOST, MEMORY, DRY = "cpu", "gpu", "host", "memory", "dry"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -124,7 +124,7 @@ def packaged(
     """
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     if variant is not None:
-        around = functools.partial(tiles.forced_variant, variant)
+        around = functools.partial(lora_tiles.forced_variant, variant)
 
     def build(problem: Any, keep: Tensor | None) -> Forward:
         given, options = arguments(problem, keep)

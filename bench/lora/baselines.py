@@ -12,7 +12,7 @@ from bench.lora.problem import Problem
 from bench.method import COMPILED as COMPILED_NAME
 from bench.method import Forward, Provider, packaged
 from peft_kernels import lora_linear
-from peft_kernels.core import tiles
+from peft_kernels.core import lora_tiles
 
 
 def drop(x: Tensor, p: float, keep: Tensor | None) -> Tensor:
@@ -129,4 +129,4 @@ FACTORED = Provider("factored", _factored)
 COMPILED = Provider(COMPILED_NAME, _compiled, poison=False)
 BASELINES = (FROZEN, EAGER, FACTORED, COMPILED)
 FUSED = fused()
-VARIANTS = tuple(fused("triton", variant) for variant in tiles.VARIANTS)
+VARIANTS = tuple(fused("triton", variant) for variant in lora_tiles.VARIANTS)

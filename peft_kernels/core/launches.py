@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels.core import prefix_tiles, tiles, triton_runtime
+from peft_kernels.core import lora_tiles, prefix_tiles, triton_runtime
 
 # Shapes that change with every batch must not fill the memory.
 MOST_TAPES = 4096
@@ -214,7 +214,7 @@ def _record(
 def _settings(device: torch.device) -> tuple[Any, ...]:
     """Return what launchers look at beside their arguments."""
     precision = torch.backends.cuda.matmul.fp32_precision
-    return device.index, precision, tiles.forced(), prefix_tiles.forced()
+    return device.index, precision, lora_tiles.forced(), prefix_tiles.forced()
 
 
 def _described(value: Any) -> Any:

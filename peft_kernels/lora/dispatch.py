@@ -48,9 +48,9 @@ def _triton_why_not(spec: LoRASpec) -> str | None:
 
 
 def _triton_plan(spec: LoRASpec) -> str:
-    from peft_kernels.core import tiles
+    from peft_kernels.core import lora_tiles
 
-    return tiles.lora_plan(*spec)
+    return lora_tiles.lora_plan(*spec)
 
 
 def _cpp_why_not(spec: LoRASpec) -> str | None:

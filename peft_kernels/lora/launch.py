@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels.core import tiles, triton_runtime
+from peft_kernels.core import lora_tiles, tiles, triton_runtime
 from peft_kernels.core.launches import counters, launch, remembered
 from peft_kernels.core.rng import drop_threshold
 from peft_kernels.core.token_reduction import Factor, token_reduction
@@ -52,7 +52,7 @@ class _Operands:
             "stride_ar": self.a.stride(0),
             "stride_ak": self.a.stride(1),
             "drop_threshold": drop_threshold(self.dropout_p) - 2**31,
-            "BLOCK_R": tiles.rank_block(self.a.shape[0]),
+            "BLOCK_R": lora_tiles.rank_block(self.a.shape[0]),
             "DROPOUT": self.dropout,
             "SCALE_IS_POINTER": isinstance(self.scale, Tensor),
             "PRECISION": tiles.precision(self.x.dtype, self.x.device),
@@ -129,12 +129,12 @@ def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
     wanted = (x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w))
-    tile = tiles.lora_tile(*wanted)
+    tile = lora_tiles.lora_tile(*wanted)
     if tile.variant == "ticket_tma":
         if _describable(x, w, y):
             _ticket_tma(operands, y, tile)
             return
-        tile = tiles.lora_tile(*wanted, tma=False)
+        tile = lora_tiles.lora_tile(*wanted, tma=False)
     if tile.variant == "split":
         _split(operands, y)
         return
@@ -168,12 +168,12 @@ def _product(operands: _Operands, y: Tensor) -> None:
     launch(kernels._lora_ticket_kernel, (programs,), **arguments, counters_ptr=tickets)
 
 
-def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
+def _ticket_tma(operands: _Operands, y: Tensor, tile: lora_tiles.LoRATile) -> None:
     x, w, b = operands.x, operands.w, operands.b
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    block_p = tiles.low_rank_rows(tile)
+    block_p = lora_tiles.low_rank_rows(tile)
     k_inner = w.stride(1) == 1
-    slices = tiles.store_slices(tile, operands.dropout == _ON_OUTPUT)
+    slices = lora_tiles.store_slices(tile, operands.dropout == _ON_OUTPUT)
     arguments = operands.low_rank()
     del arguments["x_ptr"], arguments["stride_xm"]
     num_m = triton.cdiv(x.shape[0], block_m)
@@ -209,7 +209,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: tiles.LoRATile) -> None:
         K_INNER=k_inner,
         HAS_BIAS=operands.bias is not None,
         THREADS=32 * tile.num_warps,
-        LOW_RANK_STAGES=tiles.low_rank_stages(tile),
+        LOW_RANK_STAGES=lora_tiles.low_rank_stages(tile),
         SLICES=slices,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -252,7 +252,7 @@ def _resident_programs(device: torch.device) -> int:
 def _low_rank(operands: _Operands) -> None:
     """Launch the kernel that computes s alone."""
     x = operands.x
-    tile = tiles.low_rank_tile(x.device, x.dtype)
+    tile = lora_tiles.low_rank_tile(x.device, x.dtype)
     arguments = operands.low_rank()
     grid = (
         triton.cdiv(x.shape[0], tile.block_m),
@@ -280,7 +280,7 @@ def _split(operands: _Operands, y: Tensor) -> None:
     if operands.dropout != _ON_OUTPUT:
         y.addmm_(operands.s, b.t())
         return
-    tile = tiles.low_rank_tile(x.device, x.dtype)
+    tile = lora_tiles.low_rank_tile(x.device, x.dtype)
     arguments = operands.low_rank()
     grid = (triton.cdiv(y.shape[0], tile.block_m), triton.cdiv(y.shape[1], tile.block_n))
     launch(

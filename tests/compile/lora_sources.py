@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_kernels.core.tiles import (
+from peft_kernels.core.lora_tiles import (
     LoRATile,
     low_rank_rows,
     low_rank_stages,

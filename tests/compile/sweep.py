@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft_kernels.adapter import activations
-from peft_kernels.core import adapter_tiles, prefix_tiles, tiles
+from peft_kernels.core import adapter_tiles, lora_tiles, prefix_tiles, tiles
 from tests.compile import adapter_sources, lora_sources, prefix_sources, reduction_sources
 from tests.compile.cross import Report, compile_for
 
@@ -65,7 +65,7 @@ class Case:
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
-    for each, kind, shape_class, tile in tiles.lora_cases():
+    for each, kind, shape_class, tile in lora_tiles.lora_cases():
         if (each, kind) != (family, dtype):
             continue
         kernel = f"_lora_{tile.variant}_kernel"
@@ -89,7 +89,7 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
 
 
 def _low_ranks(dtype: str) -> Iterator[Case]:
-    tile = tiles.LOW_RANK_TILE_32BIT if dtype == "fp32" else tiles.LOW_RANK_TILE
+    tile = lora_tiles.LOW_RANK_TILE_32BIT if dtype == "fp32" else lora_tiles.LOW_RANK_TILE
     for rank in (16, 64):
         for dropout in (0, 1):
             source = lora_sources.low_rank(dtype, tile, rank, dropout)
@@ -105,7 +105,7 @@ def _low_ranks(dtype: str) -> Iterator[Case]:
         yield Case(name, "_masked_update_kernel", source, tile.num_warps, tile.num_stages, False)
         if dtype == "fp32":
             # PyTorch's default precision, in which products are exact and off the tensor cores.
-            exact = tiles.LOW_RANK_TILE_EXACT
+            exact = lora_tiles.LOW_RANK_TILE_EXACT
             source = lora_sources.low_rank(dtype, exact, rank, 1, precision="ieee")
             yield Case(
                 f"low_rank exact r{rank}", "_low_rank_kernel", source, exact.num_warps,

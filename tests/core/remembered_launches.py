@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels.core import launches, tiles
+from peft_kernels.core import launches, lora_tiles
 
 launched: list[tuple[Any, ...]] = []
 
@@ -206,5 +206,5 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    with tiles.forced_variant("ticket_tma" if sys.argv[1] == "ticket_tma" else None):
+    with lora_tiles.forced_variant("ticket_tma" if sys.argv[1] == "ticket_tma" else None):
         main(sys.argv[1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels.core import launches, tiles, triton_runtime
+from peft_kernels.core import launches, lora_tiles, triton_runtime
 from tests.compile.runner import without_interpreter
 
 
@@ -72,7 +72,7 @@ def test_settings_and_options_are_part_of_the_kind(calls: list[str]) -> None:
     launcher = remembering(calls, launch_first)
     x = torch.zeros(4)
     launcher(x)
-    with tiles.forced_variant("split"):
+    with lora_tiles.forced_variant("split"):
         launcher(x)
     launcher(x, partial=True)
     launcher(x, partial=False)

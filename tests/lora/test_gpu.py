@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import LoRALinear, explain, lora_linear
-from peft_kernels.core import rng, tiles
+from peft_kernels.core import lora_tiles, rng
 from tests.lora.problems import Problem, check, fused, problem, results
 from tests.numerics import assert_as_accurate_as_eager
 
@@ -51,9 +51,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(params=tiles.VARIANTS)
+@pytest.fixture(params=lora_tiles.VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tiles.forced_variant(request.param):
+    with lora_tiles.forced_variant(request.param):
         yield request.param
 
 
@@ -164,7 +164,7 @@ def test_one_launch_forward_and_two_backward(dropout_p: float) -> None:
     inputs = given.inputs()
     inputs[1].requires_grad_(False)
     kept: list[Tensor] = []
-    with tiles.forced_variant("ticket"):
+    with lora_tiles.forced_variant("ticket"):
         fused(given, inputs, "triton").backward(given.dy)  # compiles, and makes the workspace
         for tensor in inputs:
             tensor.grad = None
@@ -218,7 +218,7 @@ def test_two_streams_do_not_share_their_counters() -> None:
         for rank in (16, 64)
     ]
     streams = [torch.cuda.Stream() for _ in problems]
-    with tiles.forced_variant("ticket"):
+    with lora_tiles.forced_variant("ticket"):
         expected = [run(given) for given in problems]
         torch.cuda.synchronize()
         for _ in range(20):

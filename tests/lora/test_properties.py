@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_kernels import explain, lora_linear
-from peft_kernels.core import tiles
+from peft_kernels.core import lora_tiles
 from tests.lora.problems import Problem, eager, fused, problem, results
 
 _SIZE = st.integers(1, 70)
@@ -109,7 +109,7 @@ def test_any_call_agrees_with_float64(backend: str) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("variant", tiles.VARIANTS)
+@pytest.mark.parametrize("variant", lora_tiles.VARIANTS)
 def test_any_call_agrees_with_float64_in_the_triton_interpreter(variant: str) -> None:
     if not _serves("triton", problem(1, 1, 1, 1)):
         pytest.skip("Triton interprets CPU tensors only under TRITON_INTERPRET=1")
@@ -117,7 +117,7 @@ def test_any_call_agrees_with_float64_in_the_triton_interpreter(variant: str) ->
     @settings(max_examples=12, deadline=None, derandomize=True)
     @drawn(_problems(_DTYPES["triton"]))
     def run(given: Problem) -> None:
-        with tiles.forced_variant(variant):
+        with lora_tiles.forced_variant(variant):
             _check(given, "triton")
 
     run()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_kernels.core import tiles, triton_runtime
+from peft_kernels.core import lora_tiles, tiles, triton_runtime
 
 pytest.importorskip("triton")
 
@@ -27,9 +27,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_unaligned_operands_take_the_tile_that_is_compiled_for_them(
     tokens: int, direction: str
 ) -> None:
-    aligned = tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction)
-    unaligned = tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction, aligned=False)
-    compiled = {tile for _, _, name, tile in tiles.lora_cases() if name.startswith("unaligned")}
+    aligned = lora_tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction)
+    unaligned = lora_tiles.lora_tile(GPU, torch.bfloat16, tokens, 16, direction, aligned=False)
+    compiled = {
+        tile for _, _, name, tile in lora_tiles.lora_cases() if name.startswith("unaligned")
+    }
     assert unaligned in compiled
     assert aligned not in compiled
 
@@ -56,12 +58,12 @@ def test_aligned_means_unmasked_copies_of_16_bytes() -> None:
 
 def test_exact_float32_takes_the_library_and_tiles_of_its_own() -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "split"
-    assert tiles.low_rank_tile(GPU, torch.float32) is tiles.LOW_RANK_TILE_EXACT
+    assert lora_tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "split"
+    assert lora_tiles.low_rank_tile(GPU, torch.float32) is lora_tiles.LOW_RANK_TILE_EXACT
     assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_EXACT[16]
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "ticket"
-    assert tiles.low_rank_tile(GPU, torch.float32) is tiles.LOW_RANK_TILE_32BIT
+    assert lora_tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward").variant == "ticket"
+    assert lora_tiles.low_rank_tile(GPU, torch.float32) is lora_tiles.LOW_RANK_TILE_32BIT
     assert tiles.reduction_tile(GPU, torch.float32, 16) is tiles.REDUCTION_TILES_32BIT[16]
 
 
@@ -75,28 +77,28 @@ def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands(
         tokens: int = 5000,
         rank: int = 16,
     ) -> str:
-        return tiles.lora_tile(GPU, dtype, tokens, rank, "forward", aligned).variant
+        return lora_tiles.lora_tile(GPU, dtype, tokens, rank, "forward", aligned).variant
 
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    with tiles.forced_variant("ticket_tma"):
+    with lora_tiles.forced_variant("ticket_tma"):
         assert taken() == taken(tokens=5) == taken(rank=64) == "ticket_tma"
         assert taken(torch.float32) == taken(aligned=False) == taken(rank=8) == "ticket"
         # The pointer form then takes the tiles that are compiled for it.
-        found = tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
-        with tiles.forced_variant(None):
-            assert found == tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        found = lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        with lora_tiles.forced_variant(None):
+            assert found == lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
         monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
         assert taken() == "ticket"
 
 
 def test_tma_can_be_chosen_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> None:
     given = (GPU, torch.bfloat16, 5000, 16)
-    monkeypatch.setattr(tiles, "TMA_CLASSES", frozenset({"large"}))
-    assert tiles.lora_tile(*given, "forward").variant == "ticket_tma"
-    assert tiles.lora_tile(*given, "backward").variant == "ticket"
-    assert tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
-    with tiles.forced_variant("ticket"):
-        assert tiles.lora_tile(*given, "forward").variant == "ticket"
+    monkeypatch.setattr(lora_tiles, "TMA_CLASSES", frozenset({"large"}))
+    assert lora_tiles.lora_tile(*given, "forward").variant == "ticket_tma"
+    assert lora_tiles.lora_tile(*given, "backward").variant == "ticket"
+    assert lora_tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
+    with lora_tiles.forced_variant("ticket"):
+        assert lora_tiles.lora_tile(*given, "forward").variant == "ticket"
 
 
 def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels.core import rng, tiles, triton_runtime
+from peft_kernels.core import lora_tiles, rng, triton_runtime
 from tests.lora.problems import check, fused, problem, results
 
 pytestmark = [
@@ -47,9 +47,9 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=tiles.VARIANTS)
+@pytest.fixture(params=lora_tiles.VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tiles.forced_variant(request.param):
+    with lora_tiles.forced_variant(request.param):
         yield request.param
 
 
@@ -146,7 +146,7 @@ def test_one_launch_forward_and_two_backward(
     # The base weight is frozen, as in fine-tuning.
     inputs = given.inputs()
     inputs[1].requires_grad_(False)
-    with tiles.forced_variant(kind):
+    with lora_tiles.forced_variant(kind):
         with Operations() as forward:
             y = fused(given, inputs, "triton")
         assert len(launches) == 1
@@ -162,7 +162,7 @@ def test_one_launch_forward_and_two_backward(
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_tma_takes_what_descriptors_may_name(dropout_p: float, launches: list[str]) -> None:
     """Rows of 16 bytes, one stride of 1; the weight row-major in either direction."""
-    with tiles.forced_variant("ticket_tma"):
+    with lora_tiles.forced_variant("ticket_tma"):
         for given, expected in (
             (problem(33, 40, 24, 4, dropout_p=dropout_p), "_lora_ticket_tma_kernel"),
             (problem(33, 42, 26, 4, dropout_p=dropout_p), "_lora_ticket_kernel"),
@@ -179,7 +179,7 @@ def test_tma_and_pointers_give_the_same_result() -> None:
     found = []
     for kind in ("ticket", "ticket_tma"):
         given = problem(70, 40, 72, 20, dropout_p=0.3, bias=False)
-        with tiles.forced_variant(kind):
+        with lora_tiles.forced_variant(kind):
             inputs = given.inputs()
             found.append(results(fused(given, inputs, "triton"), inputs, given.dy))
     for name, expected in found[0].items():
@@ -195,7 +195,7 @@ def test_counters_are_zero_again_after_every_launch(
 
     def run_all() -> list[dict[str, torch.Tensor]]:
         every = [(given, given.inputs()) for given in cases]
-        with tiles.forced_variant(kind):
+        with lora_tiles.forced_variant(kind):
             return [
                 results(fused(given, inputs, "triton"), inputs, given.dy) for given, inputs in every
             ]
@@ -217,7 +217,7 @@ def test_any_number_of_programs_gives_the_same_result(
     from peft_kernels.lora import launch
 
     given = problem(70, 52, 44, 3)
-    with tiles.forced_variant(kind):
+    with lora_tiles.forced_variant(kind):
         inputs = given.inputs()
         expected = results(fused(given, inputs, "triton"), inputs, given.dy)
         monkeypatch.setattr(launch, "_resident_programs", lambda device: programs)
