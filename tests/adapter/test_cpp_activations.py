@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from peft_kernels.adapter import cpp
-from tests.adapter.problems import ACTIVATIONS
-from tests.numerics import assert_as_accurate_as_eager
+from tests.adapter.activation_rule import RANGES, assert_activation_as_accurate, by_torch
 
-RANGES = [1e-30, 1e-3, 1.0, 3.0, 8.0, 20.0, 100.0]
 BEYOND = torch.tensor([1e3, 1e10, 1e20, 3e38])
 EPS = 2.0**-23
 # Relative, in units of the last place, where float64 itself has no difference of like numbers.
@@ -30,25 +28,11 @@ def _by_cpp(activation: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return y[:, 0], dx[:, 0]
 
 
-def _by_torch(activation: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    leaf = x.to(dtype).requires_grad_()
-    y = ACTIVATIONS[activation](leaf)
-    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
-
-
 @pytest.mark.parametrize("bound", RANGES)
 @pytest.mark.parametrize("activation", cpp.ACTIVATIONS)
 def test_as_accurate_as_eager(activation: str, bound: float) -> None:
     x = torch.linspace(-bound, bound, 40001)
-    results = zip(
-        ("value", "derivative"),
-        _by_cpp(activation, x),
-        _by_torch(activation, x, torch.float32),
-        _by_torch(activation, x, torch.float64),
-        strict=True,
-    )
-    for name, found, eager, exact in results:
-        assert_as_accurate_as_eager(f"{activation} {name}", found, [eager], exact, torch.float32)
+    assert_activation_as_accurate(activation, _by_cpp, x)
 
 
 @pytest.mark.parametrize("activation", UNITS)
@@ -56,7 +40,7 @@ def test_relative_error_is_a_few_units_in_the_last_place(activation: str) -> Non
     sizes = torch.logspace(-37, 1.9, 20001)
     x = torch.cat([sizes, -sizes])
     found, _ = _by_cpp(activation, x)
-    exact, _ = _by_torch(activation, x, torch.float64)
+    exact, _ = by_torch(activation, x, torch.float64)
     normal = exact.abs() > 2.0**-126
     unit = 2.0 ** (exact.abs()[normal].log2().floor()) * EPS
     error = (found.double() - exact).abs()[normal] / unit
@@ -75,7 +59,7 @@ def test_the_tail_of_gelu_is_not_a_difference() -> None:
 @pytest.mark.parametrize("activation", cpp.ACTIVATIONS)
 def test_large_values_saturate(activation: str) -> None:
     for x in (BEYOND, -BEYOND):
-        found, exact = _by_cpp(activation, x), _by_torch(activation, x, torch.float64)
+        found, exact = _by_cpp(activation, x), by_torch(activation, x, torch.float64)
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours, theirs.float(), rtol=EPS, atol=0.0)
 
@@ -85,5 +69,5 @@ def test_infinity_nan_and_the_least_numbers(activation: str) -> None:
     inf = float("inf")
     x = torch.tensor([inf, -inf, float("nan"), 0.0, -0.0, 1e-45, -1e-45])
     found, _ = _by_cpp(activation, x)
-    exact, _ = _by_torch(activation, x, torch.float64)
+    exact, _ = by_torch(activation, x, torch.float64)
     torch.testing.assert_close(found, exact.float(), rtol=EPS, atol=0.0, equal_nan=True)

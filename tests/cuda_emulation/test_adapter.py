@@ -11,10 +11,10 @@ from torch import Tensor
 from peft_kernels.adapter import cuda
 from peft_kernels.adapter.activations import NAMES
 from peft_kernels.core import rng
-from tests.adapter.problems import ACTIVATIONS, RESIDUALS, SCALES, Problem, check, judge, problem
+from tests.adapter.activation_rule import assert_activation_as_accurate, by_torch
+from tests.adapter.problems import RESIDUALS, SCALES, Problem, check, judge, problem
 from tests.cuda_emulation import build
 from tests.cuda_emulation.emulated import ORDERS
-from tests.numerics import assert_as_accurate_as_eager
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
@@ -126,25 +126,11 @@ def by_cuda(activation: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return found["y"][:, 0], found["d x"][:, 0]
 
 
-def by_torch(activation: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    leaf = x.to(dtype).requires_grad_()
-    y = ACTIVATIONS[activation](leaf)
-    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
-
-
 @pytest.mark.parametrize("bound", [1e-30, 1e-3, 1.0, 8.0, 100.0])
 @pytest.mark.parametrize("activation", NAMES)
 def test_activations_over_the_range_of_float32(activation: str, bound: float) -> None:
     x = torch.linspace(-bound, bound, 1001)
-    results = zip(
-        ("value", "derivative"),
-        by_cuda(activation, x),
-        by_torch(activation, x, torch.float32),
-        by_torch(activation, x, torch.float64),
-        strict=True,
-    )
-    for name, found, eager, exact in results:
-        assert_as_accurate_as_eager(f"{activation} {name}", found, [eager], exact, torch.float32)
+    assert_activation_as_accurate(activation, by_cuda, x)
 
 
 @pytest.mark.parametrize("activation", NAMES)
