@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
+    from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
     from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from peft_kernels.prompt.op import PromptOutput, prompt_embedding
 
 _HOMES = {
+    "AccelerationReport": "peft_kernels.models.accelerate",
     "AdaptedModule": "peft_kernels.models.placement",
     "Adapter": "peft_kernels.adapter.layer",
     "BackendUnavailable": "peft_kernels.core.backend",
@@ -37,6 +39,7 @@ _HOMES = {
     "PrefixAttention": "peft_kernels.prefix.layer",
     "PromptEmbedding": "peft_kernels.prompt.layer",
     "PromptOutput": "peft_kernels.prompt.op",
+    "accelerate": "peft_kernels.models.accelerate",
     "adapter": "peft_kernels.adapter.op",
     "adapter_grouped": "peft_kernels.adapter.grouped",
     "add_adapters": "peft_kernels.models.placement",
@@ -47,9 +50,11 @@ _HOMES = {
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
+    "unaccelerate": "peft_kernels.models.accelerate",
 }
 
 __all__ = [
+    "AccelerationReport",
     "AdaptedModule",
     "Adapter",
     "BackendUnavailable",
@@ -59,6 +64,7 @@ __all__ = [
     "PromptEmbedding",
     "PromptOutput",
     "__version__",
+    "accelerate",
     "adapter",
     "adapter_grouped",
     "add_adapters",
@@ -69,6 +75,7 @@ __all__ = [
     "prefix_attention",
     "prompt_embedding",
     "replace",
+    "unaccelerate",
 ]
 
 

@@ -1,0 +1,36 @@
+"""The layers that peft made: which of them a kernel serves, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_kernels.models import peft_lora
+from peft_kernels.models.found import PLAIN, Found
+
+# By the class of peft's layer: what serves it.
+_SERVED: dict[type, Any] = {each.__dict__[PLAIN]: each for each in (peft_lora.FusedLinear,)}
+
+
+def find(model: nn.Module) -> Iterator[Found]:
+    """Yield every layer of a tuner of peft, under each of its names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if issubclass(type(module), BaseTunerLayer):
+            yield _found(name, module)
+
+
+def _found(name: str, module: nn.Module) -> Found:
+    kind = type(module)
+    fused = _SERVED.get(kind.__dict__.get(PLAIN, kind))
+    if fused is None:
+        return Found(name, module, "", None, f"no kernel for {_described(kind)}")
+    reason = fused.why_not(module)
+    return Found(name, module, fused.op, None if reason else fused, reason or "")
+
+
+def _described(kind: type) -> str:
+    """Return a class as users know it: ``peft.tuners.ia3.layer.Linear``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
