@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "exp.h"
 #include "lowrank.h"
 #include "parts.h"
 
@@ -24,24 +25,27 @@ PK_INLINE void widen_row(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
+// `valid` elements, zeros beyond; `room` may be read.
 template <typename T>
-PK_INLINE vf load_as_float(const T* from, int64_t valid) {
+PK_INLINE vf load_as_float(const T* from, int64_t valid, int64_t room) {
   float lanes[kLanes] = {};
-  if (valid >= kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
-  } else {
+  if (room < kLanes) {
     for (int64_t i = 0; i < valid; ++i) lanes[i] = to_float(from[i]);
+    return load(lanes);
   }
-  return load(lanes);
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
+  if (valid >= kLanes) return load(lanes);
+  constexpr vi kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return masked(load(lanes), kNumbers < static_cast<int32_t>(valid));
 }
 
 // sum + the products of v and w lane by lane, in short chains; v is zero up to a whole vector.
 template <typename T>
-PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count) {
+PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count, int64_t room) {
   for (int64_t k0 = 0; k0 < count; k0 += kChain * kLanes) {
     vf acc{};
     for (int64_t k = k0; k < std::min(count, k0 + kChain * kLanes); k += kLanes)
-      acc += load(v + k) * load_as_float(w + k, count - k);
+      acc += load(v + k) * load_as_float(w + k, count - k, room - k);
     sum += acc;
   }
   return sum;
@@ -82,7 +86,7 @@ PK_INLINE void combine(const float* v, const T* w, int64_t rows, int64_t count, 
     for (int64_t n0 = 0; n0 < rows; n0 += kChain) {
       vf acc{};
       for (int64_t n = n0; n < std::min(rows, n0 + kChain); ++n)
-        acc += v[n] * load_as_float(w + n * count + k, count - k);
+        acc += v[n] * load_as_float(w + n * count + k, count - k, (rows - n) * count - k);
       sum += acc;
     }
     store(out + k, sum);
@@ -122,7 +126,10 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
     for (int64_t j0 = 0; j0 < R; j0 += kLanes) {
       vf products[kLanes] = {};
       const int64_t count = std::min(kLanes, R - j0);
-      for (int64_t i = 0; i < count; ++i) products[i] = add_products(vf{}, dropped, a + (j0 + i) * K, K);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = j0 + i;
+        products[i] = add_products(vf{}, dropped, a + j * K, K, (R - j) * K);
+      }
       const vf sums = c.factor * sums_of(products);
       for (int64_t i = 0; i < count; ++i) {
         from_float(sums[i], saved + j0 + i);
@@ -135,7 +142,8 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
       const int64_t count = std::min(kLanes, N - n0);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = n0 + i;
-        products[i] = add_products(add_products(vf{}, x, weight + n * K, K), s, b + n * R, R);
+        const vf base = add_products(vf{}, x, weight + n * K, K, (N - n) * K);
+        products[i] = add_products(base, s, b + n * R, R, (N - n) * R);
       }
       const vf sums = sums_of(products);
       for (int64_t i = 0; i < count; ++i)
