@@ -130,9 +130,10 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
         const int64_t j = j0 + i;
         products[i] = add_products(vf{}, dropped, a + j * K, K, (R - j) * K);
       }
-      const vf sums = c.factor * sums_of(products);
+      float line[kLanes];
+      store(line, c.factor * sums_of(products));
       for (int64_t i = 0; i < count; ++i) {
-        from_float(sums[i], saved + j0 + i);
+        from_float(line[i], saved + j0 + i);
         s[j0 + i] = to_float(saved[j0 + i]);
       }
     }
@@ -145,9 +146,11 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
         const vf base = add_products(vf{}, x, weight + n * K, K, (N - n) * K);
         products[i] = add_products(base, s, b + n * R, R, (N - n) * R);
       }
-      const vf sums = sums_of(products);
-      for (int64_t i = 0; i < count; ++i)
-        from_float(bias ? sums[i] + to_float(bias[n0 + i]) : sums[i], y + n0 + i);
+      vf sums = sums_of(products);
+      if (bias) sums += load_as_float(bias + n0, count, N - n0);
+      float line[kLanes];
+      store(line, sums);
+      for (int64_t i = 0; i < count; ++i) from_float(line[i], y + n0 + i);
     }
   }
 }
