@@ -172,10 +172,13 @@ def check_same_device(
             )
 
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for a device; never for one that has no autocast."""
     # Whether it is on anywhere is the shorter question.
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
         return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
