@@ -38,6 +38,7 @@ def _peft_linear() -> type[nn.Module] | None:
 
 
 def check_layer(module: nn.Module) -> None:
+    """Raise TypeError or ValueError unless ``module`` is a LoRA layer that ranks can share."""
     peft_linear = _peft_linear()
     if isinstance(module, LoRALinear):
         return
