@@ -98,6 +98,11 @@ def _refuse_wrapped(name: str, value: Tensor) -> None:
             f"forward so that it is gathered first; for tensor parallelism give parallelize_module "
             f"the styles LoRAColwiseParallel and LoRARowwiseParallel, or pass {name}.to_local()"
         )
+    if kind.__name__ == "AsyncCollectiveTensor":
+        raise TypeError(
+            f"{name} is the result of a collective that is still under way (torch's styles "
+            f"return such): pass {name}.clone(), which waits for it"
+        )
     if (
         hasattr(kind, "__torch_dispatch__")
         and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__

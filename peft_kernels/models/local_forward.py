@@ -55,7 +55,7 @@ class LocalForward:
         refuse_own_dropout(module)
         x = args[0]
         if not isinstance(x, DTensor):
-            x = DTensor.from_local(_awaited(x), self.mesh, [self.given], run_check=False)
+            x = DTensor.from_local(awaited(x), self.mesh, [self.given], run_check=False)
         x = _placed(x, self.wanted)
         # Under Replicate each rank's dx comes from its own columns of dy.
         partial = [Partial()] if self.wanted.is_replicate() else None
@@ -79,7 +79,7 @@ class LocalForward:
         rng.DRAWING.rule = None
         if y is None:  # forward raised
             return None
-        output = DTensor.from_local(_awaited(y), self.mesh, [self.made], run_check=False)
+        output = DTensor.from_local(y, self.mesh, [self.made], run_check=False)
         output = _placed(output, self.returned)
         return output.to_local() if self.use_local_output else output
 
@@ -96,26 +96,21 @@ class LocalForward:
         return local * float(self.rank == 0) if role == "bias" else local
 
 
-class _Awaited(torch.autograd.Function):
-    """The identity, which waits for a collective still under way, in backward too."""
+class _Wait(torch.autograd.Function):
+    """The identity, which waits for the collective that makes x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return wait(x)
+    def forward(ctx: Any, x: collectives.AsyncCollectiveTensor) -> Tensor:
+        return x.wait()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return wait(dy)
+        return dy
 
 
-def _awaited(x: Tensor) -> Tensor:
-    # torch's styles hand out tensors whose data is still to come; kernels read pointers.
-    return x if torch.compiler.is_compiling() else _Awaited.apply(x)
-
-
-def wait(x: Tensor) -> Tensor:
-    """Return x as a plain tensor, its collective done."""
-    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x.view_as(x)
+def awaited(x: Tensor) -> Tensor:
+    """Return x with its data there: torch's styles hand over results that are still to come."""
+    return _Wait.apply(x) if isinstance(x, collectives.AsyncCollectiveTensor) else x
 
 
 def _placed(x: DTensor, placement: Placement) -> DTensor:

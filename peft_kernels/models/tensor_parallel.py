@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from peft_kernels.models.local_forward import LocalForward, wait
+from peft_kernels.models.local_forward import LocalForward, awaited
 from peft_kernels.models.parallel_layers import check_layer, parameters
 
 # Where each tensor of a LoRA layer is cut, by what it is.
@@ -82,7 +82,7 @@ class LoRAColwiseParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def same_seed(seed: Tensor) -> Tensor:
-            return wait(collectives.broadcast(seed, 0, device_mesh))
+            return awaited(collectives.broadcast(seed, 0, device_mesh))
 
         _distribute(module, device_mesh, _BY_COLUMN, "out_features", self.src_data_rank)
         LocalForward(

@@ -20,10 +20,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    RowwiseParallel,
     parallelize_module,
 )
 
-from peft_kernels import LoRAColwiseParallel, LoRALinear, LoRARowwiseParallel, lora_linear
+from peft_kernels import (
+    Adapter,
+    LoRAColwiseParallel,
+    LoRALinear,
+    LoRARowwiseParallel,
+    PromptEmbedding,
+    lora_linear,
+    prefix_attention,
+)
 from peft_kernels.core import rng
 from tests.distributed.data_parallel import BROADCAST, FULL, shard
 from tests.distributed.models import assert_same_losses, logits, lora, train, trained, whole
@@ -128,12 +137,12 @@ def between_layers_of_torch() -> None:
     many = nn.Sequential(nn.Linear(16, 16), layer(16, 16), nn.Linear(16, 8))
     many.load_state_dict(one.state_dict())
     plan = {
-        "0": ColwiseParallel(output_layouts=Replicate()),
-        "1": LoRAColwiseParallel(),
-        "2": ColwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
+        "0": RowwiseParallel(input_layouts=Replicate()),
+        "1": LoRAColwiseParallel(output_layouts=Shard(0)),
+        "2": ColwiseParallel(input_layouts=Shard(0), output_layouts=Replicate()),
     }
     parallelize_module(many, mesh(), plan)
-    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(4))
     one(x).square().sum().backward()
     many(x).square().sum().backward()
     for (_, first), (name, second) in zip(
@@ -143,6 +152,62 @@ def between_layers_of_torch() -> None:
             torch.testing.assert_close(
                 whole(second.grad), first.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: n + m
             )
+
+
+def every_method_in_front_of_torch() -> None:
+    """The gradient that comes back is still on its way when backward is called."""
+    for method, arguments, make in _in_front():
+        one, many = make(), make()
+        style = ColwiseParallel(input_layouts=Shard(0), output_layouts=Replicate())
+        parallelize_module(many.get_submodule("linear"), mesh(), style)
+        for model, given in ((one, arguments), (many, [_part(each, 0) for each in arguments])):
+            out = model["method"](*given)
+            out = out if isinstance(out, Tensor) else out.embeddings
+            model["linear"](out.flatten(1)).square().sum().backward()
+        for name, parameter in trained(one["method"]).items():
+            gradient = many["method"].get_parameter(name).grad
+            dist.all_reduce(gradient)
+            torch.testing.assert_close(
+                gradient, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=method: n + m
+            )
+
+
+def _in_front() -> list[tuple[str, list[Tensor], Callable[[], nn.ModuleDict]]]:
+    """Return (name, arguments, a function that makes the method and a Linear behind it)."""
+    torch.manual_seed(4)
+    x, ids = torch.randn(4, 3, 8), torch.randint(9, (4, 2))
+
+    def front(build: Callable[[], nn.Module]) -> Callable[[], nn.ModuleDict]:
+        def make() -> nn.ModuleDict:
+            torch.manual_seed(3)
+            return nn.ModuleDict({"method": build(), "linear": nn.Linear(24, 8)})
+
+        return make
+
+    def attention() -> nn.Module:
+        return Attention(torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+
+    def prompt() -> nn.Module:
+        return PromptEmbedding(nn.Embedding(9, 8), num_virtual_tokens=1)
+
+    return [
+        ("LoRALinear", [x], front(lambda: layer(8, 8))),
+        ("Adapter", [x], front(lambda: Adapter(8, bottleneck=3))),
+        ("prefix_attention", [x], front(attention)),
+        ("PromptEmbedding", [ids], front(prompt)),
+    ]
+
+
+class Attention(nn.Module):
+    """``prefix_attention`` of two heads with nothing behind it that could wait for a gradient."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = nn.Parameter(key), nn.Parameter(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return prefix_attention(heads, heads, heads, self.key, self.value)
 
 
 def dropout_by_column_is_that_of_one_process() -> None:
@@ -273,6 +338,13 @@ def bad_input() -> None:
         many(x=torch.randn(5, 16))
     with pytest.raises(TypeError, match="weight is a DTensor.*LoRAColwiseParallel"):
         lora_linear(torch.randn(5, 16), many.weight, many.lora_A, many.lora_B)
+    torch.manual_seed(0)
+    on_its_way = styled(nn.Linear(8, 8), RowwiseParallel(input_layouts=Replicate()))
+    x = on_its_way(torch.randn(5, 8))
+    with pytest.raises(TypeError, match=r"x is the result of a collective.*pass x\.clone\(\)"):
+        layer(8, 8)(x)
+    gradient = torch.autograd.grad(layer(8, 8)(x.clone()).sum(), on_its_way.weight)
+    assert gradient[0].full_tensor().abs().max() > 1e-3
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -292,6 +364,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         gradients_of_each_tensor,
         layouts,
         between_layers_of_torch,
+        every_method_in_front_of_torch,
         dropout_by_column_is_that_of_one_process,
         dropout_by_row_differs_between_ranks,
         checkpoints_of_one_process,

@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -37,7 +38,7 @@ def main(out: Path, names: list[str]) -> int:
                 CHECKS[name]()
                 dist.barrier()
                 problem = ""
-            except Exception:
+            except (Exception, pytest.fail.Exception):
                 problem = traceback.format_exc()
             row = {"check": name, "problem": problem, "time_s": time.perf_counter() - start}
             file.write(json.dumps(row) + "\n")
