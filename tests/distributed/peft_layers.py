@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from peft_kernels import LoRAColwiseParallel
 from tests.distributed.models import PROJECTIONS, assert_same_losses, llama, train
-from tests.distributed.tensor_parallel import styled, tensor_parallel
+from tests.distributed.parallel_layers import styled
+from tests.distributed.tensor_parallel import tensor_parallel
 
 
 def wrapped(**options: object) -> nn.Module:

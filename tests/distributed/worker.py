@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.distributed import data_parallel, peft_layers, tensor_parallel
+from tests.distributed import data_parallel, parallel_layers, peft_layers, tensor_parallel
 
-CHECKS = data_parallel.CHECKS | tensor_parallel.CHECKS | peft_layers.CHECKS
+FILES = (data_parallel, tensor_parallel, parallel_layers, peft_layers)
+CHECKS = {name: check for file in FILES for name, check in file.CHECKS.items()}
 
 
 def main(out: Path, names: list[str]) -> int:
