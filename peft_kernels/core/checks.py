@@ -95,8 +95,13 @@ def _refuse_wrapped(name: str, value: Tensor) -> None:
     if kind.__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (a sharded parameter). Under FSDP2 call the layer through its "
-            f"forward so that it is gathered first; for tensor parallelism use "
-            f"LoRAColwiseParallel or LoRARowwiseParallel, or pass {name}.to_local()"
+            f"forward so that it is gathered first; for tensor parallelism give parallelize_module "
+            f"the styles LoRAColwiseParallel and LoRARowwiseParallel, or pass {name}.to_local()"
+        )
+    if kind.__name__ == "AsyncCollectiveTensor":
+        raise TypeError(
+            f"{name} is the result of a collective that is still under way (torch's styles "
+            f"return such): pass {name}.clone(), which waits for it"
         )
     if (
         hasattr(kind, "__torch_dispatch__")
