@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peft_kernels.models.peft_prompt_calls import PLAIN_TENSORS
 from peft_kernels.models.transformers_bridge import CALL_PREFIXES, IMPLEMENTATION, switch_attention
 from peft_kernels.models.transformers_layers import heads_of, position_modules, self_attention
 
@@ -82,7 +83,7 @@ class CallPrefixes:
     def carry(self, embeddings: Tensor) -> Tensor:
         """Return the model's embeddings, behind which the leaves' gradients are collected."""
         self._carried = True
-        return _Carrier.apply(self, embeddings, *self._slices)  # type: ignore[no-any-return]
+        return _Carrier.apply(self, embeddings, *self._slices)
 
     def collected(self) -> list[Tensor | None]:
         """Return the gradients of all leaves, which are then forgotten."""
@@ -174,9 +175,11 @@ def release(model: Any) -> None:
 
 
 def fits(model: Any) -> bool:
-    """Return whether the active adapter has a prefix for every layer, of the layers' heads."""
+    """Return whether the active adapter has a prefix for every layer, of its heads, not sharded."""
     record, config = model.__dict__.get(RECORD), model.active_peft_config
-    return record is not None and record[1:] == (config.num_layers, *_sizes(config))
+    if record is None or record[1:] != (config.num_layers, *_sizes(config)):
+        return False
+    return type(model.prompt_encoder[model.active_adapter].embedding.weight) in PLAIN_TENSORS
 
 
 @contextmanager
@@ -200,10 +203,10 @@ def opened(model: Any) -> Iterator[CallPrefixes]:
     base = model.base_model
     hook = None
     if prefixes.trained and not torch.compiler.is_compiling():
-        wanted = _is_reentrant(base)
 
         def carry(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            return prefixes.carry(output) if wanted or output.requires_grad else output
+            wanted = output.requires_grad or _is_reentrant(base)
+            return prefixes.carry(output) if wanted else output
 
         hook = base.get_input_embeddings().register_forward_hook(carry)
     try:
@@ -233,7 +236,7 @@ def _table(model: Any) -> Tensor:
     if encoder.prefix_projection and not config.inference_mode:
         table = encoder.transform(table)
     kv_heads, head_dim = _sizes(config)
-    return table.to(model.base_model_torch_dtype).unflatten(  # type: ignore[no-any-return]
+    return table.to(model.base_model_torch_dtype or table.dtype).unflatten(
         -1, (2 * config.num_layers, kv_heads, head_dim)
     )
 

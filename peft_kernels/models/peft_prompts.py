@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,19 +19,23 @@ from torch import Tensor, nn
 
 from peft_kernels.models import peft_prefixes
 from peft_kernels.models.found import PLAIN, Found
+from peft_kernels.models.peft_prompt_calls import (
+    PLAIN_TENSORS,
+    WITHOUT_PREFIX,
+    adjust_inputs,
+    keeps_own,
+    op_of,
+    plain_class,
+    takes_generation,
+    types_of,
+    uncover,
+    wants_attentions,
+    why_not_words,
+)
 from peft_kernels.prompt.op import prompt_embedding
 
-_OPS = {
-    "PREFIX_TUNING": "prefix_attention",
-    "PROMPT_TUNING": "prompt_embedding",
-    "P_TUNING": "prompt_embedding",
-    "MULTITASK_PROMPT_TUNING": "prompt_embedding",
-}
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _INTEGERS = (torch.int64, torch.int32)
 _GENERATING = "_peft_kernels_generating"
-# Set on a cache that was filled behind prefixes which are not in it.
-_WITHOUT_PREFIX = "_peft_kernels_without_prefix"
 
 
 def _forward_of(plain: Any) -> Callable[..., Any]:
@@ -64,12 +67,12 @@ class _Fused:
     extends_labels = False
 
     def _peft_kernels_acquired(self: Any) -> None:
-        _uncover(self)
-        if _op(self) == "prefix_attention":
+        uncover(self)
+        if op_of(self) == "prefix_attention":
             peft_prefixes.acquire(self)
 
     def _peft_kernels_released(self: Any) -> None:
-        _uncover(self)
+        uncover(self)
         peft_prefixes.release(self)
 
     @contextmanager
@@ -79,7 +82,7 @@ class _Fused:
             with peft_prefixes.plain_attention(self), super().disable_adapter():  # type: ignore[misc]
                 yield
         finally:
-            _uncover(self)
+            uncover(self)
 
     def _takes(self: Any, inputs: dict[str, Any]) -> bool:
         """Return whether a call is computed by our kernels, as they take it."""
@@ -92,15 +95,15 @@ class _Fused:
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             return False
-        op = _op(self)
+        op = op_of(self)
         if op == "prefix_attention":
-            return peft_prefixes.fits(self) and not _wants_attentions(self, inputs)
+            return peft_prefixes.fits(self) and not wants_attentions(self, inputs)
         return op is not None and self._takes_prompt(ids, inputs)
 
     def _fused_forward(self: Any, inputs: dict[str, Any]) -> Any:
         inputs = {name: value for name, value in inputs.items() if name not in self.ignored}
-        _adjust(self, inputs, self.keeps_token_types)
-        if _op(self) == "prefix_attention":
+        adjust_inputs(self, inputs, self.keeps_token_types)
+        if op_of(self) == "prefix_attention":
             return self._with_prefix(inputs)
         return self._with_prompt(inputs)
 
@@ -137,19 +140,19 @@ class _Fused:
         """Return the rows [P, D] that peft would repeat, or those of each task, [B, P, D]."""
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
         if config.peft_type == "MULTITASK_PROMPT_TUNING":
-            return self.get_prompt(batch, task_ids)  # type: ignore[no-any-return]
+            return self.get_prompt(batch, task_ids)
         prompt = encoder.embedding.weight
         if type(encoder) is not PromptEmbedding and not config.inference_mode:
             prompt = self.get_prompt(1)[0]
-        return prompt[: config.num_virtual_tokens]  # type: ignore[no-any-return]
+        return prompt[: config.num_virtual_tokens]
 
     def _takes_prompt(self: Any, ids: Tensor, inputs: dict[str, Any]) -> bool:
         config, words = self.active_peft_config, self.word_embeddings
-        if _why_not_words(words) or words.weight.device != ids.device:
+        if why_not_words(words) or words.weight.device != ids.device:
             return False
         encoder = self.prompt_encoder[self.active_adapter].embedding.weight
         dtypes = (encoder.dtype, words.weight.dtype)
-        if type(encoder) not in _PLAIN_TENSORS or encoder.device != ids.device:
+        if type(encoder) not in PLAIN_TENSORS or encoder.device != ids.device:
             return False
         if torch.promote_types(*dtypes) not in dtypes:
             return False
@@ -162,7 +165,7 @@ class _Fused:
         return True
 
 
-class FusedCausalLM(_Fused, peft.PeftModelForCausalLM):  # type: ignore[misc]
+class FusedCausalLM(_Fused, peft.PeftModelForCausalLM):
     """``PeftModelForCausalLM`` on our kernels; ``generate`` too, for a prefix."""
 
     extends_labels = True
@@ -170,9 +173,9 @@ class FusedCausalLM(_Fused, peft.PeftModelForCausalLM):  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the base model generates behind the prompt."""
-        if _op(self) != "prefix_attention" or self._adapters_disabled:
+        if op_of(self) != "prefix_attention" or self._adapters_disabled:
             return super().generate(*args, **kwargs)
-        if not peft_prefixes.fits(self) or not _takes_generation(self, kwargs):
+        if not peft_prefixes.fits(self) or not takes_generation(self, kwargs):
             with peft_prefixes.plain_attention(self):
                 return super().generate(*args, **kwargs)
         with torch.no_grad(), peft_prefixes.opened(self) as prefixes:
@@ -182,17 +185,19 @@ class FusedCausalLM(_Fused, peft.PeftModelForCausalLM):  # type: ignore[misc]
             finally:
                 del self.__dict__[_GENERATING]
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Return the arguments of the base model's next call."""
         prefixes = self.__dict__.get(_GENERATING)
         if prefixes is None:
             return super().prepare_inputs_for_generation(*args, **kwargs)
         kwargs.pop("task_ids", None)
         inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        _adjust(self, inputs, self.keeps_token_types)
+        adjust_inputs(self, inputs, self.keeps_token_types)
         cache = inputs.get("past_key_values")
         if cache is not None:
-            setattr(cache, _WITHOUT_PREFIX, True)
+            setattr(cache, WITHOUT_PREFIX, True)
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = peft_prefixes.positions(
                 self.base_model, inputs["input_ids"], self.active_peft_config.num_virtual_tokens,
@@ -201,21 +206,21 @@ class FusedCausalLM(_Fused, peft.PeftModelForCausalLM):  # type: ignore[misc]
         return inputs | prefixes.argument()
 
 
-class FusedSequenceClassification(_Fused, peft.PeftModelForSequenceClassification):  # type: ignore[misc]
+class FusedSequenceClassification(_Fused, peft.PeftModelForSequenceClassification):
     """``PeftModelForSequenceClassification`` on our kernels."""
 
     keeps_token_types = True
     forward = _forward_of(peft.PeftModelForSequenceClassification)
 
 
-class FusedTokenClassification(_Fused, peft.PeftModelForTokenClassification):  # type: ignore[misc]
+class FusedTokenClassification(_Fused, peft.PeftModelForTokenClassification):
     """``PeftModelForTokenClassification`` on our kernels."""
 
     keeps_token_types = True
     forward = _forward_of(peft.PeftModelForTokenClassification)
 
 
-class FusedQuestionAnswering(_Fused, peft.PeftModelForQuestionAnswering):  # type: ignore[misc]
+class FusedQuestionAnswering(_Fused, peft.PeftModelForQuestionAnswering):
     """``PeftModelForQuestionAnswering`` on our kernels."""
 
     ignored = ("token_type_ids", "position_ids")
@@ -223,13 +228,13 @@ class FusedQuestionAnswering(_Fused, peft.PeftModelForQuestionAnswering):  # typ
     forward = _forward_of(peft.PeftModelForQuestionAnswering)
 
 
-class FusedFeatureExtraction(_Fused, peft.PeftModelForFeatureExtraction):  # type: ignore[misc]
+class FusedFeatureExtraction(_Fused, peft.PeftModelForFeatureExtraction):
     """``PeftModelForFeatureExtraction`` on our kernels."""
 
     forward = _forward_of(peft.PeftModelForFeatureExtraction)
 
 
-class FusedSeq2SeqLM(_Fused, peft.PeftModelForSeq2SeqLM):  # type: ignore[misc]
+class FusedSeq2SeqLM(_Fused, peft.PeftModelForSeq2SeqLM):
     """``PeftModelForSeq2SeqLM`` whose encoder reads the prompt."""
 
     forward = _forward_of(peft.PeftModelForSeq2SeqLM)
@@ -251,106 +256,25 @@ def find(model: nn.Module) -> Iterator[Found]:
     """Yield every model of peft whose active adapter is a prompt."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, peft.PeftModel) and module._is_prompt_learning:
-            op = _op(module) or ""
+            op = op_of(module) or ""
             reason = _why_not(module)
-            fused = None if reason else _SERVED[_plain_class(module)]
+            fused = None if reason else _SERVED[plain_class(module)]
             yield Found(name, module, op, fused, reason or "")
 
 
 def _why_not(model: Any) -> str | None:
-    plain = _plain_class(model)
+    plain = plain_class(model)
     if plain is peft.PeftModel:
         return "without a task_type, peft gives the model no prompt"
     if plain not in _SERVED:
         return f"a {plain.__qualname__} has a forward of its own"
-    op = _op(model)
+    op = op_of(model)
     if op is None:
-        return f"no kernel for {', '.join(_types(model)) or 'no active adapter'}"
-    if "forward" in model.__dict__ and not _is_own(model, "forward"):
+        return f"no kernel for {', '.join(types_of(model)) or 'no active adapter'}"
+    if "forward" in model.__dict__ and not keeps_own(model, "forward"):
         return "its forward was replaced (call accelerate first)"
     if op == "prefix_attention":
         return peft_prefixes.why_not(model)
-    if plain is peft.PeftModelForSeq2SeqLM and "MULTITASK_PROMPT_TUNING" in _types(model):
+    if plain is peft.PeftModelForSeq2SeqLM and "MULTITASK_PROMPT_TUNING" in types_of(model):
         return "a prompt for the decoder too has no kernel"
-    return _why_not_words(model.word_embeddings)
-
-
-def _plain_class(model: nn.Module) -> type:
-    return type(model).__dict__.get(PLAIN, type(model))  # type: ignore[no-any-return]
-
-
-def _types(model: Any) -> list[str]:
-    """Return the name of the active adapter's method, none where all adapters were deleted."""
-    active = model.active_adapter
-    return [model.peft_config[active].peft_type.value] if isinstance(active, str) else []
-
-
-def _op(model: Any) -> str | None:
-    return next((_OPS.get(each) for each in _types(model)), None)
-
-
-def _why_not_words(words: Any) -> str | None:
-    """Return why rows of the word embeddings cannot be read without calling them."""
-    if type(words) is not nn.Embedding:
-        return f"its word embeddings are a {type(words).__module__}.{type(words).__qualname__}"
-    trained = words.weight.requires_grad
-    if words.max_norm is not None or (trained and (words.sparse or words.scale_grad_by_freq)):
-        return "its word embeddings have max_norm, or sparse or scaled gradients"
-    hooks = [*words._forward_hooks.values()]
-    others = words._forward_pre_hooks or words._backward_hooks or words._backward_pre_hooks
-    # Hooks for checkpointing make the result need gradients, as it does behind a trained prompt.
-    if others or "forward" in words.__dict__ or not all(map(_requires_gradients, hooks)):
-        return "its word embeddings have hooks or a forward of their own (offloading)"
-    if type(words.weight) not in _PLAIN_TENSORS:
-        return f"its word embeddings are a {type(words.weight).__qualname__}"
-    return None
-
-
-def _requires_gradients(hook: Any) -> bool:
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
-
-
-def _wants_attentions(model: Any, inputs: dict[str, Any]) -> bool:
-    wanted = inputs.get("output_attentions")
-    return bool(model.base_model.config.output_attentions if wanted is None else wanted)
-
-
-def _takes_generation(model: Any, given: dict[str, Any]) -> bool:
-    """Return whether ``generate`` may keep the prefix out of the cache."""
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
-    if given.get("inputs_embeds") is not None or (mask is not None and mask.dim() != 2):
-        return False
-    configs = given.get("generation_config"), model.base_model.generation_config
-    if any(getattr(each, "output_attentions", False) for each in configs):
-        return False
-    if cache is not None and cache.get_seq_length() and not hasattr(cache, _WITHOUT_PREFIX):
-        return False
-    return not _wants_attentions(model, given)
-
-
-def _adjust(model: Any, inputs: dict[str, Any], keeps_token_types: bool) -> None:
-    """Do to positions and token types what this version of peft does."""
-    adjust = getattr(model, "_adjust_prompt_learning_kwargs", None)
-    if adjust is not None:
-        adjust(model.active_peft_config, kwargs=inputs, remove_token_type_ids=not keeps_token_types)
-        return
-    for name in ("position_ids",) if keeps_token_types else ("position_ids", "token_type_ids"):
-        if inputs.get(name) is not None:
-            warnings.warn(f"peft takes no {name} beside a prompt: ignored", stacklevel=4)
-            inputs[name] = None
-
-
-def _uncover(model: Any) -> None:
-    """Remove what ``disable_adapter`` leaves behind: methods of the class, kept by the model."""
-    for name in ("forward", "prepare_inputs_for_generation"):
-        if _is_own(model, name):
-            del model.__dict__[name]
-
-
-def _is_own(model: Any, name: str) -> bool:
-    """Return whether the model keeps a method that its class, or its plain class, has anyway."""
-    method = model.__dict__.get(name)
-    if not inspect.ismethod(method) or method.__self__ is not model:
-        return False
-    owners = type(model), _plain_class(model)
-    return any(method.__func__ is getattr(each, name, None) for each in owners)
+    return why_not_words(model.word_embeddings)
