@@ -7,6 +7,7 @@ import pkgutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,15 @@ def documentation() -> Iterator[tuple[int, str]]:
                     yield KINDS.index(type(node)), text + "\n\n"
 
 
-def sequences(count: int, length: int) -> Tensor:
-    """Return bytes as token ids [count, length], from the beginning again at the text's end."""
+def sequences(count: int, length: int, tokenizer: Any = None) -> Tensor:
+    """Return token ids [count, length] of the text, from its beginning again at its end.
+
+    A tokenizer of transformers makes them; without one they are bytes.
+    """
     tokens: list[int] = []
     while len(tokens) < count * length:
         for _, text in documentation():
-            tokens += text.encode()
+            tokens += text.encode() if tokenizer is None else tokenizer(text)["input_ids"]
             if len(tokens) >= count * length:
                 break
     return torch.tensor(tokens[: count * length]).reshape(count, length)

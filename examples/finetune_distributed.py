@@ -12,19 +12,16 @@ first rank writes the adapter as peft writes one: ``PeftModel.from_pretrained(ba
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
-import pkgutil
-import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from documentation import VOCABULARY, sequences
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,40 +65,12 @@ def start_process_group() -> torch.device:
     return device
 
 
-def documentation() -> Iterator[str]:
-    """Yield the documentation strings of the standard library, read without importing it."""
-    for module in pkgutil.iter_modules([sysconfig.get_path("stdlib")]):
-        spec = module.module_finder.find_spec(module.name, None)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            continue
-        for node in ast.walk(ast.parse(Path(spec.origin).read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                text = ast.get_docstring(node)
-                if text:
-                    yield text + "\n\n"
-
-
-def sequences(model: str | None, count: int, length: int) -> Tensor:
-    """Return token ids [count, length] of the documentation, from its beginning again at its end.
-
-    A model from a folder has its own tokenizer; the random one reads bytes.
-    """
-    tokenizer = None if model is None else AutoTokenizer.from_pretrained(model)
-    tokens: list[int] = []
-    while len(tokens) < count * length:
-        for text in documentation():
-            tokens += text.encode() if tokenizer is None else tokenizer(text)["input_ids"]
-            if len(tokens) >= count * length:
-                break
-    return torch.tensor(tokens[: count * length]).reshape(count, length)
-
-
 def adapted_model(given: argparse.Namespace, device: torch.device) -> nn.Module:
     """Return the frozen model with LoRA in every projection, the same on every rank."""
     torch.manual_seed(0)
     if given.model is None:
         config = LlamaConfig(
-            vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=given.length,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
@@ -148,7 +117,9 @@ def train(model: nn.Module, given: argparse.Namespace, device: torch.device) -> 
         parts, part = 1, 0
     if given.batch % parts:
         raise SystemExit(f"--batch must be divisible by the {parts} ranks, got {given.batch}")
-    data = sequences(given.model, given.steps * given.batch, given.length)
+    # The random model reads bytes, one from a folder has a tokenizer of its own.
+    tokenizer = None if given.model is None else AutoTokenizer.from_pretrained(given.model)
+    data = sequences(given.steps * given.batch, given.length, tokenizer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given.lr)
     torch.manual_seed(1 + part)  # of the dropout masks
     start = time.perf_counter()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from documentation import VOCABULARY, sequences
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from peft_kernels import accelerate
@@ -35,6 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a causal language model; default: small, random")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA update")
+    parser.add_argument("--dropout", type=float, default=0.05, help="of the LoRA branch's input")
     parser.add_argument("--batch", type=int, default=8, help="sequences a device takes at a time")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of one step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
@@ -62,14 +65,9 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     def __init__(self, given: argparse.Namespace) -> None:
         """Read the text."""
+        tokenizer = None if given.model is None else AutoTokenizer.from_pretrained(given.model)
         count = given.steps * given.batch * given.accumulate
-        self.ids = sequences(count, given.length)
-        if given.model is not None:
-            tokenizer = AutoTokenizer.from_pretrained(given.model)
-            text = bytes(self.ids.flatten().tolist()).decode(errors="ignore")
-            ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-            rows = len(ids) // given.length
-            self.ids = ids[: rows * given.length].reshape(rows, given.length)
+        self.ids = sequences(count, given.length, tokenizer)
 
     def __len__(self) -> int:
         """Return how many sequences there are."""
@@ -87,12 +85,14 @@ def main() -> None:
         output_dir=given.out, max_steps=given.steps, per_device_train_batch_size=given.batch,
         gradient_accumulation_steps=given.accumulate, learning_rate=2e-3, bf16=given.bf16,
         gradient_checkpointing=given.gradient_checkpointing, torch_compile=given.compile,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, given.steps // 10), save_strategy="no", report_to="none", seed=0,
     )  # fmt: skip
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=given.rank, lora_alpha=2 * given.rank, lora_dropout=0.05,
+        task_type="CAUSAL_LM", r=given.rank, lora_alpha=2 * given.rank, lora_dropout=given.dropout,
         target_modules="all-linear",
     )  # fmt: skip
+    set_seed(arguments.seed)
     model = get_peft_model(base_model(given), config)
     if not given.eager:
         print(accelerate(model))

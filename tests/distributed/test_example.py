@@ -23,7 +23,10 @@ def losses(output: str) -> list[float]:
     return [float(each) for each in re.findall(r"step +\d+  loss ([\d.]+)", output)]
 
 
-def test_every_engine_trains_what_one_process_trains_and_peft_loads_it(tmp_path: Path) -> None:
+def test_every_engine_trains_what_one_process_trains_and_peft_loads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
     exact = (str(EXAMPLE), *SIZES, "--dropout", "0")
     one = python(*exact, "--out", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
