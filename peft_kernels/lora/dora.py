@@ -265,7 +265,8 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     bound = inspect.signature(dora_linear).bind(*args, **kwargs)
     given = bound.arguments
     names = ("x", "weight", "lora_a", "lora_b", "magnitude", "bias")
-    _check(**{name: given.get(name) for name in names})
+    tensors: dict[str, Any] = {name: given.get(name) for name in names}
+    _check(**tensors)
     del given["magnitude"]
     return op.explain_call(**given)
 
