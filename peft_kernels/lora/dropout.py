@@ -14,15 +14,30 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_kernels.core import rng
+from peft_kernels.core import extension, rng, triton_runtime
 from peft_kernels.core.library import out_variant_op
+from peft_kernels.core.operands import rows
 
 
 def run_drop(x: Tensor, seed: Tensor, dropout_p: float, y: Tensor) -> None:
     """Write y, packed, of the shape and dtype of x [..., K]."""
-    width = x.shape[-1]
-    mask = rng.dropout_mask(seed, x.numel() // max(1, width), width, dropout_p)
-    torch.where(mask.view(x.shape), x, x.new_zeros(()), out=y)
+    if not x.numel():
+        return
+    flat = rows(x, x.dtype)
+    if x.is_cuda and triton_runtime.why_not(x.device, x.dtype) is None:
+        from peft_kernels.lora import drop_kernels
+
+        drop_kernels.drop(flat, seed, dropout_p, y.view(flat.shape))
+        return
+    if not x.is_cuda and extension.why_not_products(x.dtype) is None:
+        extension.load().drop(
+            x.dtype == torch.bfloat16, flat.shape[0], flat.shape[1], flat.data_ptr(),
+            flat.stride(0), 1.0 / (1.0 - dropout_p), seed.data_ptr(),
+            rng.drop_threshold(dropout_p), y.data_ptr(),
+        )  # fmt: skip
+        return
+    mask = rng.dropout_mask(seed, flat.shape[0], flat.shape[1], dropout_p)
+    torch.where(mask, flat, flat.new_zeros(()), out=y.view(flat.shape))
     y *= 1.0 / (1.0 - dropout_p)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from peft_kernels import BackendUnavailable, dora_linear, explain, lora_linear
-from peft_kernels.core import rng
+from peft_kernels.core import extension, rng
 from peft_kernels.lora import dora
 from peft_kernels.lora.dropout import drop
 from tests.lora.dora_problems import dense_norm, fused, inputs, judge, mask, peft_form, results
@@ -91,7 +91,11 @@ def test_float32_adapters_beside_16_bits(dtype: torch.dtype, dropout_p: float) -
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_backends(backend: str, bias: bool, dropout_p: float) -> None:
+def test_backends(
+    backend: str, bias: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The sum of the magnitude's gradient in several chunks of tokens, the last one shorter.
+    monkeypatch.setattr(dora, "_CHUNK", 5 * 24)
     given = problem((3, 7), 24, 40, 5, bias=bias, dropout_p=dropout_p, scale=40.0)
     tensors = inputs(given)
     judge(given, results(fused(given, tensors, backend), tensors, given.dy), torch.float32)
@@ -240,6 +244,25 @@ def test_drop_is_the_mask_and_its_own_backward() -> None:
     torch.testing.assert_close(y, x * mask(given) / 0.6)
     y.sum().backward()
     torch.testing.assert_close(x.grad, mask(given) / 0.6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (21, 130), (40, 384)])
+def test_compiled_drop_is_the_specification(
+    size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, from strided rows, and once more without the compiled module."""
+    if extension.why_not() is not None:
+        pytest.skip(str(extension.why_not()))
+    x = torch.randn(size[0], size[1] + 5).to(dtype)[:, : size[1]]
+    seed = torch.tensor([-(2**61) + 5])
+    found = drop(x, seed, 0.3)
+    monkeypatch.setattr(extension, "why_not_products", lambda dtype: "not here")
+    expected = drop(x, seed, 0.3)
+    keep = rng.dropout_mask(seed, *size, 0.3)
+    assert torch.equal(found == 0, ~keep) and torch.equal(expected == 0, ~keep)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, torch.where(keep, x / 0.7, 0.0))
 
 
 def test_dropped_elements_are_zeros_whatever_they_were() -> None:
