@@ -39,7 +39,7 @@ gpu-report: $(if $(PYTHON_GIVEN),,$(READY)) ## build, test and time on an NVIDIA
 clean: ## remove what the other targets wrote, except .venv
 	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f peft_kernels/*.so $(READY)
-	find peft_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find peft_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)

@@ -190,22 +190,25 @@ class Target:
     Attributes:
         label: what is asked, in words.
         limit: the value may be at most this, or, ``at_least``, not be below it.
-        value: from a row to the value, None where it was not measured.
+        value: from a row to the value, None where it was not measured; of a target ``over`` another
+            provider it is not asked.
         suite: of the cases.
         direction: of the rows.
         chosen: the cases.
         at_least: more is better.
         mean_over: instead of the worst value, the geometric mean of the time over this provider's.
+        over: the value is this provider's time over ours.
     """
 
     label: str
     limit: float
-    value: Callable[[Any], float | None]
+    value: Callable[[Any], float | None] | None
     suite: str
     direction: str
     chosen: Callable[[Any], bool] = lambda case: True
     at_least: bool = False
     mean_over: str | None = None
+    over: str | None = None
 
 
 def x_frozen(row: Any) -> float | None:

@@ -1,8 +1,10 @@
 """Prefix attention, for every benchmark: cases, providers, what is right, what is asked.
 
-A case is one causal self-attention behind a shared prefix, and its backward to q, k, v and prefix.
+A case is one causal self-attention behind a shared prefix, and its backward to q, k, v and prefix;
+or one step of decoding, whose query sees the prefix and every key of its cache.
 Providers: ``eager``, the path that peft takes through transformers: prefix and keys concatenated,
-heads repeated, SDPA under a dense mask (made beforehand: a model makes it once for all layers);
+heads repeated, SDPA under a dense mask (made beforehand: a model makes it once for all layers), in
+decoding without a mask and without repeating heads, but still concatenated with every step;
 ``compile``, that under ``torch.compile``; on a GPU ``flash``, the same without repeating heads and
 with a causal bias that SDPA's flash kernel knows, which transformers does not take; ``fused``.
 """
@@ -45,12 +47,13 @@ OTHER_ORDERS = 4  # of eager's sums: one order alone is luck
 
 @dataclass(frozen=True)
 class PrefixCase(Case):
-    """q [batch, heads, tokens, head_size], k and v with kv_heads, a prefix of `length` rows.
+    """q [batch, heads, queries, head_size], k and v of tokens with kv_heads, a prefix of `length`.
 
     Attributes:
         name: as in ``Case``, like suite and reported.
         dtype: of every tensor.
         length: P.
+        decoding: the last token alone asks, the others are in the cache.
     """
 
     op: ClassVar[str] = "prefix"
@@ -64,13 +67,20 @@ class PrefixCase(Case):
     head_size: int
     dtype: str = "bfloat16"
     reported: bool = False
+    decoding: bool = False
+
+    @property
+    def queries(self) -> int:
+        """How many of the last tokens ask."""
+        return 1 if self.decoding else self.tokens
 
 
-def _case(suite: str, *sizes: int, dtype: str = "bfloat16") -> PrefixCase:
+def _case(suite: str, *sizes: int, dtype: str = "bfloat16", decoding: bool = False) -> PrefixCase:
     b, h, hkv, s, p, d = sizes
     place = {MEMORY: "saved ", DRY: "dry "}.get(suite, "")
-    name = f"{place}prefix B{b} H{h}/{hkv} S{s} P{p} d{d} {SHORT[dtype]}"
-    return PrefixCase(name, suite, *sizes, dtype, suite in (GPU, DRY))
+    form = " decoding" if decoding else ""
+    name = f"{place}prefix{form} B{b} H{h}/{hkv} S{s} P{p} d{d} {SHORT[dtype]}"
+    return PrefixCase(name, suite, *sizes, dtype, suite in (GPU, DRY), decoding)
 
 
 CASES = (
@@ -87,6 +97,7 @@ CASES = (
             (32, 12, 12, 512, 128, 64), (8, 32, 8, 512, 2048, 128), (64, 32, 8, 128, 2048, 128),
         )
     ),
+    _case(GPU, 64, 32, 8, 128, 2048, 128, decoding=True),
     _case(DRY, 2, 4, 2, 21, 5, 16, dtype="float32"),
 )  # fmt: skip
 
@@ -105,8 +116,13 @@ class PrefixProblem:
 
     case: PrefixCase
     tensors: tuple[Tensor, ...]  # q, k, v, prefix_k, prefix_v: the last two [kv_heads, P, d]
-    mask: Tensor  # bool [S, P + S], True = seen: for SDPA
+    mask: Tensor  # bool [queries, P + S], True = seen
     dy: Tensor
+
+    @property
+    def sdpa_mask(self) -> Tensor | None:
+        """The mask, which transformers leaves out where the only query sees everything."""
+        return None if self.case.decoding else self.mask
 
     @property
     def alive(self) -> tuple[Tensor, ...]:
@@ -131,30 +147,37 @@ def make_problem(case: PrefixCase, device: str | torch.device, seed: int = 0) ->
         return drawn.to(case.torch_dtype)
 
     b, h, hkv, s, p = case.batch, case.heads, case.kv_heads, case.tokens, case.length
-    shapes = ((b, h, s), (b, hkv, s), (b, hkv, s), (hkv, p), (hkv, p))
+    queries = case.queries
+    shapes = ((b, h, queries), (b, hkv, s), (b, hkv, s), (hkv, p), (hkv, p))
     tensors = tuple(normal(*shape).requires_grad_() for shape in shapes)
-    seen = torch.ones(s, p + s, dtype=torch.bool, device=device).tril(p)
-    return PrefixProblem(case, tensors, seen, normal(b, h, s))
+    seen = torch.ones(queries, p + s, dtype=torch.bool, device=device).tril(p + s - queries)
+    return PrefixProblem(case, tensors, seen, normal(b, h, queries))
 
 
 def eager_form(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Return attention as peft and transformers compute it, by concatenation and a dense mask."""
+    """Return attention as peft and transformers compute it, by concatenation and a dense mask.
+
+    Heads are repeated beside a mask alone: SDPA's fast kernels group them, but take no mask then.
+    """
     batch, heads = q.shape[:2]
 
     def whole(prefix: Tensor, own: Tensor) -> Tensor:
         joined = torch.cat((prefix.expand(batch, -1, -1, -1), own), dim=2)
+        if mask is None:
+            return joined
         repeated = joined[:, :, None].expand(-1, -1, heads // own.shape[1], -1, -1)
         return repeated.reshape(batch, heads, *joined.shape[2:])
 
-    return F.scaled_dot_product_attention(
-        q, whole(prefix_k, k), whole(prefix_v, v), attn_mask=mask[None, None]
-    )
+    keys, values = whole(prefix_k, k), whole(prefix_v, v)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=heads != k.shape[1])
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None])
 
 
 def _eager(problem: PrefixProblem, keep: Tensor | None) -> Forward:
-    given = (*problem.tensors, problem.mask)
+    given = (*problem.tensors, problem.sdpa_mask)
     return lambda: eager_form(*given)
 
 
@@ -163,7 +186,7 @@ def _flash(problem: PrefixProblem, keep: Tensor | None) -> Forward:
 
     q, k, v, prefix_k, prefix_v = problem.tensors
     case = problem.case
-    bias = causal_lower_right(case.tokens, case.length + case.tokens)
+    bias = causal_lower_right(case.queries, case.length + case.tokens)
 
     def whole(prefix: Tensor, own: Tensor) -> Tensor:
         return torch.cat((prefix.expand(case.batch, -1, -1, -1), own), dim=2)
@@ -177,7 +200,7 @@ def _flash(problem: PrefixProblem, keep: Tensor | None) -> Forward:
 def _compiled(problem: PrefixProblem, keep: Tensor | None) -> Forward:
     torch._dynamo.reset()
     compiled = torch.compile(eager_form, dynamic=False)
-    given = (*problem.tensors, problem.mask)
+    given = (*problem.tensors, problem.sdpa_mask)
     return lambda: compiled(*given)
 
 
@@ -252,7 +275,7 @@ def expected(problem: PrefixProblem, keep: Tensor | None, frozen: bool) -> Expec
     """Return the results in float64, and in the case's dtype: SDPA's and other orders of sums."""
     case, device = problem.case, problem.dy.device
     generator = torch.Generator().manual_seed(0)
-    sizes = (case.tokens, case.length + case.tokens, case.head_size)
+    sizes = (case.queries, case.length + case.tokens, case.head_size)
     orders = [
         tuple(torch.randperm(size, generator=generator).to(device) for size in sizes)
         for _ in range(OTHER_ORDERS)
@@ -266,21 +289,22 @@ def work(case: PrefixCase, direction: str, provider: str = OURS) -> Work:
     b, h, hkv, s, p, d = (
         case.batch, case.heads, case.kv_heads, case.tokens, case.length, case.head_size
     )  # fmt: skip
-    seen = s * p + s * (s + 1) // 2
+    asking = case.queries
+    seen = asking * (p + s - asking) + asking * (asking + 1) // 2
     flops, size = 4 * b * h * d * seen, case.torch_dtype.itemsize
-    rows, shared = b * s * d * size, 2 * hkv * p * d * size
-    moved = 2 * h * rows + 2 * hkv * rows + shared + 4 * b * h * s
+    rows, cached, shared = (n * d * size for n in (b * asking, b * s, 2 * hkv * p))
+    moved = 2 * h * rows + 2 * hkv * cached + shared + 4 * b * h * asking
     if direction == BOTH:
         # Scores again, dP, dV, dQ and dK.
         flops += 10 * b * h * d * seen
-        moved += 4 * h * rows + 4 * hkv * rows + 2 * shared + 4 * b * h * s
+        moved += 4 * h * rows + 4 * hkv * cached + 2 * shared + 4 * b * h * asking
     return Work(flops, moved)
 
 
 def saved_over_out(row: Any) -> float | None:
     """Return what is saved beyond the inputs, as a multiple of out and its float32 lse."""
     case: PrefixCase = row.case
-    rows = case.batch * case.heads * case.tokens
+    rows = case.batch * case.heads * case.queries
     if row.saved_bytes is None:
         return None
     return float(row.saved_bytes / (rows * (case.head_size * case.torch_dtype.itemsize + 4)))
@@ -299,8 +323,23 @@ def _targets() -> tuple[Target, ...]:
         asked("bf16 P 32", 1.0, "bfloat16", 32),
         asked("bf16 P 128", 1.0, "bfloat16", 128),
         Target("saved beyond the inputs: x out and lse", 1.01, saved_over_out, MEMORY, FORWARD),
-        Target(f"gpu, {BOTH}: eager / ours", 2.0, speed_up, GPU, BOTH, at_least=True),
-    )
+        Target(
+            f"gpu, {BOTH}: eager / ours", 2.0, speed_up, GPU, BOTH,
+            lambda case: not case.decoding, True,
+        ),
+        Target(
+            f"gpu decoding, {FORWARD}: eager / ours", 4.0, speed_up, GPU, FORWARD,
+            lambda case: case.decoding, True,
+        ),
+        Target(
+            f"gpu S >= 2048, {BOTH}: flash / ours", 1.0, None, GPU, BOTH,
+            lambda case: case.tokens >= 2048, True, over="flash",
+        ),
+        Target(
+            f"gpu S <= 512, {BOTH}: flash / ours", 1.3, None, GPU, BOTH,
+            lambda case: case.tokens <= 512 and not case.decoding, True, over="flash",
+        ),
+    )  # fmt: skip
 
 
 METHOD = Method(

@@ -62,10 +62,10 @@ def _figure(target: Target, op: str, rows: Sequence[Row]) -> Figure:
     if broken:
         return figure(None, False, f"{broken[0].case.name}: {broken[0].note}")
     if target.mean_over is not None:
-        ratios = _over(ours, rows, target.mean_over)
+        ratios = [ratio for ratio, _ in _over(ours, rows, target.mean_over)]
         value, detail = geometric_mean(ratios) if ratios else None, f"{len(ratios)} cases"
     else:
-        value, detail = _worst(target, ours)
+        value, detail = _worst(target, ours, rows)
     if value is None:
         return figure(None, None, "not measured")
     reached = value >= target.limit if target.at_least else value <= target.limit
@@ -83,25 +83,30 @@ def _ours(rows: Sequence[Row], op: str, target: Target) -> list[Row]:
     ]
 
 
-def _worst(target: Target, ours: Sequence[Row]) -> tuple[float | None, str]:
-    pairs = [(value, row) for row in ours if (value := target.value(row)) is not None]
+def _worst(target: Target, ours: Sequence[Row], rows: Sequence[Row]) -> tuple[float | None, str]:
+    if target.over is not None:
+        pairs = [(1.0 / ratio, row) for ratio, row in _over(ours, rows, target.over)]
+    else:
+        assert target.value is not None
+        pairs = [(value, row) for row in ours if (value := target.value(row)) is not None]
     if not pairs:
         return None, ""
     worst = min if target.at_least else max
     value, row = worst(pairs, key=lambda pair: pair[0])
-    over = f", over {row.over}" if row.over not in (None, "eager") else ""
+    base = row.over if target.over is None else None  # the label names the other
+    over = f", over {base}" if base not in (None, "eager") else ""
     return value, f"worst of {len(pairs)}: {row.case.name}{over}"
 
 
-def _over(ours: Sequence[Row], rows: Sequence[Row], provider: str) -> list[float]:
-    """Return our times over a provider's, of every case that both have."""
+def _over(ours: Sequence[Row], rows: Sequence[Row], provider: str) -> list[tuple[float, Row]]:
+    """Return our times over a provider's and our rows, of every case that both have."""
     ratios = []
     for mine in ours:
         for row in rows:
             same = (row.case.name, row.direction) == (mine.case.name, mine.direction)
             if same and row.provider == provider and mine.status == row.status == TIMED:
                 assert mine.timing and row.timing
-                ratios.append(mine.timing.min_ms / row.timing.min_ms)
+                ratios.append((mine.timing.min_ms / row.timing.min_ms, mine))
     return ratios
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
+    from peft_kernels.models.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
     from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
     from peft_kernels.prefix.layer import PrefixAttention
     from peft_kernels.prefix.op import prefix_attention
@@ -37,7 +38,9 @@ _HOMES = {
     "Adapter": "peft_kernels.adapter.layer",
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
+    "LoRAColwiseParallel": "peft_kernels.models.tensor_parallel",
     "LoRALinear": "peft_kernels.lora.layer",
+    "LoRARowwiseParallel": "peft_kernels.models.tensor_parallel",
     "PrefixAttention": "peft_kernels.prefix.layer",
     "PromptEmbedding": "peft_kernels.prompt.layer",
     "PromptOutput": "peft_kernels.prompt.op",
@@ -63,7 +66,9 @@ __all__ = [
     "Adapter",
     "BackendUnavailable",
     "Explanation",
+    "LoRAColwiseParallel",
     "LoRALinear",
+    "LoRARowwiseParallel",
     "PrefixAttention",
     "PromptEmbedding",
     "PromptOutput",

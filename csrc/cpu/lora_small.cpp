@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "exp.h"
 #include "lowrank.h"
 #include "parts.h"
 
@@ -24,35 +25,57 @@ PK_INLINE void widen_row(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
+// `valid` elements, zeros beyond; `room` may be read.
 template <typename T>
-PK_INLINE vf load_as_float(const T* from, int64_t valid) {
+PK_INLINE vf load_as_float(const T* from, int64_t valid, int64_t room) {
   float lanes[kLanes] = {};
-  if (valid >= kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
-  } else {
+  if (room < kLanes) {
     for (int64_t i = 0; i < valid; ++i) lanes[i] = to_float(from[i]);
+    return load(lanes);
   }
-  return load(lanes);
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
+  if (valid >= kLanes) return load(lanes);
+  constexpr vi kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return masked(load(lanes), kNumbers < static_cast<int32_t>(valid));
 }
 
 // sum + the products of v and w lane by lane, in short chains; v is zero up to a whole vector.
 template <typename T>
-PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count) {
+PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count, int64_t room) {
   for (int64_t k0 = 0; k0 < count; k0 += kChain * kLanes) {
     vf acc{};
     for (int64_t k = k0; k < std::min(count, k0 + kChain * kLanes); k += kLanes)
-      acc += load(v + k) * load_as_float(w + k, count - k);
+      acc += load(v + k) * load_as_float(w + k, count - k, room - k);
     sum += acc;
   }
   return sum;
 }
 
-PK_INLINE float sum_of(vf v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// The sum over the lanes of each of sixteen vectors, halves on halves: fewer additions, and fewer
+// dependent ones, than one vector after another.
+PK_INLINE vf sums_of(const vf (&v)[kLanes]) {
+  vf eights[8], fours[4], twos[2];
+  PK_UNROLL for (int i = 0; i < 8; ++i) {
+    const vf a = v[i], b = v[i + 8];
+    eights[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  PK_UNROLL for (int i = 0; i < 4; ++i) {
+    const vf a = eights[i], b = eights[i + 4];
+    fours[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  PK_UNROLL for (int i = 0; i < 2; ++i) {
+    const vf a = fours[i], b = fours[i + 2];
+    twos[i] =
+        __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  const vf a = twos[0], b = twos[1];
+  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
 // out[0, count) = sum_n v[n] w[n, 0 .. count), in short chains; out has room for a whole vector.
@@ -63,7 +86,7 @@ PK_INLINE void combine(const float* v, const T* w, int64_t rows, int64_t count, 
     for (int64_t n0 = 0; n0 < rows; n0 += kChain) {
       vf acc{};
       for (int64_t n = n0; n < std::min(rows, n0 + kChain); ++n)
-        acc += v[n] * load_as_float(w + n * count + k, count - k);
+        acc += v[n] * load_as_float(w + n * count + k, count - k, (rows - n) * count - k);
       sum += acc;
     }
     store(out + k, sum);
@@ -100,15 +123,34 @@ PK_INLINE void forward_rows(const LoRAForward& c) {
       drop_row(dropout, m, K, dropped);
     }
     T* saved = static_cast<T*>(c.s) + m * R;
-    for (int64_t j = 0; j < R; ++j) {
-      from_float(c.factor * sum_of(add_products(vf{}, dropped, a + j * K, K)), saved + j);
-      s[j] = to_float(saved[j]);
+    for (int64_t j0 = 0; j0 < R; j0 += kLanes) {
+      vf products[kLanes] = {};
+      const int64_t count = std::min(kLanes, R - j0);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = j0 + i;
+        products[i] = add_products(vf{}, dropped, a + j * K, K, (R - j) * K);
+      }
+      float line[kLanes];
+      store(line, c.factor * sums_of(products));
+      for (int64_t i = 0; i < count; ++i) {
+        from_float(line[i], saved + j0 + i);
+        s[j0 + i] = to_float(saved[j0 + i]);
+      }
     }
     T* y = static_cast<T*>(c.y) + m * N;
-    for (int64_t n = 0; n < N; ++n) {
-      const vf base = add_products(vf{}, x, weight + n * K, K);
-      const float sum = sum_of(add_products(base, s, b + n * R, R));
-      from_float(bias ? sum + to_float(bias[n]) : sum, y + n);
+    for (int64_t n0 = 0; n0 < N; n0 += kLanes) {
+      vf products[kLanes] = {};
+      const int64_t count = std::min(kLanes, N - n0);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = n0 + i;
+        const vf base = add_products(vf{}, x, weight + n * K, K, (N - n) * K);
+        products[i] = add_products(base, s, b + n * R, R, (N - n) * R);
+      }
+      vf sums = sums_of(products);
+      if (bias) sums += load_as_float(bias + n0, count, N - n0);
+      float line[kLanes];
+      store(line, sums);
+      for (int64_t i = 0; i < count; ++i) from_float(line[i], y + n0 + i);
     }
   }
 }

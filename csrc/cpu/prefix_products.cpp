@@ -11,15 +11,18 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kChain = 32;  // additions in a row: longer chains of float32 lose more
+// Additions in a row: longer chains of float32 lose more. A library sums the products of a single row
+// in parallel lanes, which loses less still, and few rows cost little.
+constexpr int64_t kChain = 32, kChainOfFewRows = 8;
 
 // R rows and C vectors of one panel.
 template <int R, int C, bool kTransposed>
 PK_INLINE void tile(const Product& product, const float* a, const float* b, float* c) {
   const int64_t row = kTransposed ? 1 : product.a_row, step = kTransposed ? product.a_step : 1;
-  for (int64_t first = 0; first < product.depth; first += kChain) {
+  const int64_t chain = product.rows <= kRowStep ? kChainOfFewRows : kChain;
+  for (int64_t first = 0; first < product.depth; first += chain) {
     vf acc[R][C] = {};
-    const int64_t last = std::min(product.depth, first + kChain);
+    const int64_t last = std::min(product.depth, first + chain);
     for (int64_t r = first; r < last; ++r) {
       vf factors[C];
       PK_UNROLL for (int j = 0; j < C; ++j) factors[j] = load(b + r * kPanel + j * kLanes);

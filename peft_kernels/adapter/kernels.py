@@ -62,6 +62,18 @@ def _contract(
 
 
 @triton.jit
+def _load_added(added_ptr, rows, mask_m, c, C, stride_am, BLOCK_C: tl.constexpr):
+    """Return BLOCK_C columns from c on, which is negative before the first; [BLOCK_M, BLOCK_C]."""
+    offs_c = c + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c >= 0) & (offs_c < C)
+    return tl.load(
+        added_ptr + rows[:, None] * stride_am + offs_c[None, :],
+        mask=mask_m[:, None] & mask_c[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def _expand(
     low, w_ptr, bias_ptr, added_ptr, out_ptr, scale, inverse_keep, seed_ptr, rows, mask_m,
     C, ranks, stride_wc, stride_wr, stride_am, drop_threshold,
@@ -69,40 +81,49 @@ def _expand(
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store out = added + scale · keep * (low wᵀ + bias) of some rows."""
+    """Store out = added + scale · keep * (low wᵀ + bias) of some rows.
+
+    From the last columns to the first: what was contracted last is still in L2.
+    """
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < ranks
-    for c in range(0, C, BLOCK_C):
+    last = (tl.cdiv(C, BLOCK_C) - 1) * BLOCK_C
+    if ADD:
+        added = _load_added(added_ptr, rows, mask_m, last, C, stride_am, BLOCK_C)
+    for back in range(0, C, BLOCK_C):
+        c = last - back
         offs_c = c + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
-        mask = mask_m[:, None] & mask_c[None, :]
         w = tl.load(
             w_ptr + offs_c[None, :] * stride_wc + offs_r[:, None] * stride_wr,
             mask=mask_c[None, :] & mask_r[:, None],
             other=0.0,
         )  # [BLOCK_R, BLOCK_C]
-        acc = multiply(low, w, PRECISION)  # [BLOCK_M, BLOCK_C]
+        # Loaded before the product, so as to be there after it; the compiler prefetches only w.
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs_c, mask=mask_c & (ranks > 0), other=0.0)
+        if SCALE == 3:
+            factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
+        if ADD:
+            coming = _load_added(added_ptr, rows, mask_m, c - BLOCK_C, C, stride_am, BLOCK_C)
+        acc = multiply(low, w, PRECISION)  # [BLOCK_M, BLOCK_C]
+        if HAS_BIAS:
             acc += bias.to(tl.float32)[None, :]
         if DROPOUT:
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, c // 4, tl.cdiv(C, 4), drop_threshold, BLOCK_C)
             acc = tl.where(keep, acc, 0.0)
         if SCALE == 3:
-            factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
             acc *= (factor * inverse_keep)[None, :]
         elif SCALE > 0:
             acc *= load_scale(scale, SCALE == 2) * inverse_keep
         if ADD:
-            added = tl.load(
-                added_ptr + rows[:, None] * stride_am + offs_c[None, :], mask=mask, other=0.0
-            )
             acc += added.to(tl.float32)
+            added = coming
         tl.store(
             out_ptr + rows[:, None] * C + offs_c[None, :],
             acc.to(out_ptr.dtype.element_ty),
-            mask=mask,
+            mask=mask_m[:, None] & mask_c[None, :],
         )
 
 

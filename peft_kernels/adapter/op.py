@@ -27,7 +27,7 @@ from peft_kernels.adapter.dispatch import (
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import eager_apply
-from peft_kernels.core.operands import gradient_of
+from peft_kernels.core.operands import arrived, gradient_of
 
 
 class AdapterFunction(torch.autograd.Function):
@@ -78,6 +78,7 @@ class AdapterFunction(torch.autograd.Function):
         """Return the gradients of the seven tensors, each where it is needed."""
         if dy is None:
             return (None,) * 14
+        dy = arrived(dy)
         x, down, up, down_bias, up_bias, pre, seed, scale, index = ctx.saved_tensors
         number, activation, dropout_p, backend, input_residual, residual_dtype = ctx.options
         need_x, need_down, need_up, need_b1, need_b2, need_residual, need_scale = (

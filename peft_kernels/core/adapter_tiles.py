@@ -147,6 +147,12 @@ _REDUCTION_TILES_COMPACT = _REDUCTION_TILES | {
     32: ReductionTile(64, 32, 32, 8, 3),
     64: ReductionTile(64, 32, 64, 8, 2),
 }
+_REDUCTION_TILES_HOPPER = {
+    16: ReductionTile(64, 64, 16, 4, 3, product_sums=True),
+    32: ReductionTile(64, 64, 32, 8, 3, product_sums=True),
+    64: ReductionTile(64, 64, 64, 8, 3, product_sums=True),
+    128: ReductionTile(64, 64, 128, 8, 3, product_sums=True),
+}
 _REDUCTION_TILES_32BIT = {
     16: ReductionTile(32, 64, 16, 8, 2),
     32: ReductionTile(32, 64, 32, 4, 2),
@@ -212,10 +218,12 @@ def _lookup(name: str, width: str, shape_class: str, direction: str, block: int)
 
 
 def reduction_tiles(name: str, width: str) -> dict[int, ReductionTile]:
-    """Return a family's tiles of the reduction by the ranks of a block: 16, 32, and above."""
+    """Return a family's tiles of the reduction by the ranks of a block."""
     if width == "fp32":
         compact = name in ("sm_86", "sm_89")
         return _REDUCTION_TILES_32BIT_COMPACT if compact else _REDUCTION_TILES_32BIT
+    if name == "sm_90":
+        return _REDUCTION_TILES_HOPPER
     compact = name in ("sm_86", "sm_89", "sm_120")
     return _REDUCTION_TILES_COMPACT if compact else _REDUCTION_TILES
 
@@ -234,7 +242,7 @@ def reduction_tile(
     if features % 16:
         return unaligned_reduction_tile(tiles.family(device))
     table = reduction_tiles(tiles.family(device), "fp32" if dtype == torch.float32 else "16bit")
-    return table[16 if bottleneck <= 16 else 32 if bottleneck <= 32 else 64]
+    return table[tiles.reduction_block(table, bottleneck)]
 
 
 def plan(

@@ -95,8 +95,13 @@ def _refuse_wrapped(name: str, value: Tensor) -> None:
     if kind.__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (a sharded parameter). Under FSDP2 call the layer through its "
-            f"forward so that it is gathered first; for tensor parallelism use "
-            f"LoRAColwiseParallel or LoRARowwiseParallel, or pass {name}.to_local()"
+            f"forward so that it is gathered first; for tensor parallelism give parallelize_module "
+            f"the styles LoRAColwiseParallel and LoRARowwiseParallel, or pass {name}.to_local()"
+        )
+    if kind.__name__ == "AsyncCollectiveTensor":
+        raise TypeError(
+            f"{name} is the result of a collective that is still under way (torch's styles "
+            f"return such): pass {name}.clone(), which waits for it"
         )
     if (
         hasattr(kind, "__torch_dispatch__")
@@ -172,10 +177,13 @@ def check_same_device(
             )
 
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for a device; never for one that has no autocast."""
     # Whether it is on anywhere is the shorter question.
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
         return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 

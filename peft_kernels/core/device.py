@@ -17,11 +17,17 @@ def load_scale(scale, SCALE_IS_POINTER: tl.constexpr):
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """Return x as a product reads it: under "tf32" float32 is rounded."""
+    if x.dtype == tl.float32 and PRECISION == "tf32":
+        x = _round_to_tf32(x)
+    return x
+
+
+@triton.jit
 def multiply(a, b, PRECISION: tl.constexpr):
     """Return a b in float32: ``multiply_add`` onto zero."""
-    if a.dtype == tl.float32 and PRECISION == "tf32":
-        a, b = _round_to_tf32(a), _round_to_tf32(b)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(operand(a, PRECISION), operand(b, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -35,10 +41,10 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
     if a.dtype == tl.float32 and PRECISION == "ieee":
         # Any bound but zero keeps the two sums apart; the product itself takes no notice of it.
         acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
-    elif a.dtype == tl.float32:
-        acc = tl.dot(_round_to_tf32(a), _round_to_tf32(b), acc, input_precision=PRECISION)
     else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            operand(a, PRECISION), operand(b, PRECISION), acc, input_precision=PRECISION
+        )  # fmt: skip
     return acc
 
 

@@ -33,8 +33,10 @@ def out_variant_op(
         f"peft_kernels::{name}", launcher, mutates_args=writes, schema=schema
     )
 
+    is_compiling = torch.compiler.is_compiling  # looked up once, not in every call
+
     def run(*args: object) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             op(*args)
         else:
             launcher(*args)
@@ -48,9 +50,10 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     They take a tenth of a small layer's host time on every call. A torch.func transform is refused.
     """
     bare = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    transforming = torch._C._are_functorch_transforms_active
 
     def apply(*args: object) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if transforming():
             raise RuntimeError(
                 f"{function.__name__} does not support torch.func (grad, vmap, jvp and others): "
                 "differentiate with torch.autograd, and batch by leading dimensions"

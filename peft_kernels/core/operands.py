@@ -55,6 +55,18 @@ def gradient_of(value: Tensor) -> Tensor:
     return torch.empty_like(value) if value.is_contiguous() else value.new_empty(value.shape)
 
 
+def arrived(gradient: Tensor) -> Tensor:
+    """Return a gradient whose data is there.
+
+    torch's parallel layers hand back the wrapped result of a collective that is still under way,
+    and a kernel would read the wrapper's address.
+    """
+    # Exact type first: this line is all that the common case pays.
+    if type(gradient) is Tensor or type(gradient).__name__ != "AsyncCollectiveTensor":
+        return gradient
+    return gradient.wait()  # type: ignore[attr-defined]
+
+
 def pointer(tensor: Tensor | None) -> int:
     """Return the address of a tensor's data for compiled code, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -5,7 +5,9 @@
 
 One launch: a program sums one tile of columns over one part of the tokens in fp32; the last part of
 a tile to arrive adds the parts in index order, scales, and rounds once. Each activation is read
-once per block of ranks, nothing of its size is written, no floating-point atomic is used.
+once per block of ranks, nothing of its size is written, no floating-point atomic is used. With
+PRODUCT_SUMS the sums are products with ones: a sum over threads in each step takes longer, and
+needs in registers what tensor cores can read from shared memory.
 
 SCALE says what g1 and colsum are multiplied by, beside inverse_keep: 0 nothing, 1 a number, 2 a
 pointer to one, 3 a pointer to one for each column. SCALE_GRAD: 0, 1 the gradient of one number,
@@ -18,6 +20,34 @@ import triton
 import triton.language as tl
 
 from peft_kernels.core.device import keep_mask, last_to_arrive, load_scale, multiply_add
+
+
+@triton.jit
+def _no_sums(COLUMNS: tl.constexpr, BY_PRODUCT: tl.constexpr):
+    """Return what ``_add_sums`` starts from."""
+    if BY_PRODUCT:
+        return tl.zeros((COLUMNS, 16), tl.float32)
+    else:
+        return tl.zeros((COLUMNS,), tl.float32)
+
+
+@triton.jit
+def _add_sums(block, sums, BY_PRODUCT: tl.constexpr):
+    """Return sums + the column sums of a block, in float32."""
+    if BY_PRODUCT:
+        tl.static_assert(block.dtype != tl.float32, "tensor cores would round what is summed")
+        return tl.dot(tl.trans(block), tl.full((block.shape[0], 16), 1.0, block.dtype), sums)
+    else:
+        return sums + tl.sum(block.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _finished_sums(sums, BY_PRODUCT: tl.constexpr):
+    """Return the column sums; those that a product made stand in each of its columns."""
+    if BY_PRODUCT:
+        return tl.max(sums, axis=1)
+    else:
+        return sums
 
 
 @triton.jit
@@ -89,7 +119,7 @@ def _sum_tile(
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, COLSUM: tl.constexpr, LOWSUM: tl.constexpr, PRODUCT: tl.constexpr,
     SCALE: tl.constexpr, SCALE_GRAD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPED: tl.constexpr, PRODUCT_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -109,8 +139,8 @@ def _sum_tile(
         start = pid_split * blocks * BLOCK_M
         stop = min(M, start + blocks * BLOCK_M)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    colsum = tl.zeros((BLOCK_C,), tl.float32)
-    lowsum = tl.zeros((BLOCK_R,), tl.float32)
+    colsum = _no_sums(BLOCK_C, PRODUCT_SUMS)
+    lowsum = _no_sums(BLOCK_R, PRODUCT_SUMS)
     for m in range(start, stop, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < stop
@@ -130,7 +160,7 @@ def _sum_tile(
             )
             v = tl.where(keep, v, 0.0)
         if COLSUM:
-            colsum += tl.sum(v.to(tl.float32), axis=0)
+            colsum = _add_sums(v, colsum, PRODUCT_SUMS)
         if PRODUCT or LOWSUM:
             low = tl.load(
                 low_ptr + rows[:, None] * R + offs_r[None, :],
@@ -138,10 +168,12 @@ def _sum_tile(
                 other=0.0,
             )  # [BLOCK_M, BLOCK_R]
         if LOWSUM:
-            lowsum += tl.sum(low.to(tl.float32), axis=0)
+            lowsum = _add_sums(low, lowsum, PRODUCT_SUMS)
         if PRODUCT:
             acc = multiply_add(tl.trans(v), low, acc, PRECISION)
 
+    colsum = _finished_sums(colsum, PRODUCT_SUMS)
+    lowsum = _finished_sums(lowsum, PRODUCT_SUMS)
     finished = True
     if SPLITS > 1:
         offs_part = offs_c.to(tl.int64)[:, None] * R + offs_r[None, :]
@@ -187,7 +219,7 @@ def _sum_tile(
         )  # fmt: skip
         if SCALE_GRAD > 0:
             if last_to_arrive(scale_counter_ptr, scale_tiles):
-                _sum_scale_gradient(scale_part_ptr, d_scale_ptr, C, tl.num_programs(1), SCALE_GRAD)
+                _sum_scale_gradient(scale_part_ptr, d_scale_ptr, C, tl.num_programs(0), SCALE_GRAD)
 
 
 @triton.jit(do_not_specialize=["drop_threshold"])
@@ -200,16 +232,17 @@ def _token_reduction_kernel(
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, PRODUCT0: tl.constexpr, LOWSUM: tl.constexpr, PRODUCT1: tl.constexpr,
     COLSUM: tl.constexpr, SCALE: tl.constexpr, SCALE_GRAD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPED: tl.constexpr, PRODUCT_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of C0 then of C1, rank blocks, splits of the tokens).
+    """Grid (rank blocks, tiles of C0 then of C1, splits of the tokens).
 
+    Rank blocks come first: those of a tile run side by side and share what they read in L2.
     DROPOUT: -1 nowhere, or which of v0 and v1 it acts on.
     """
-    pid_c, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    counter_ptr = counters_ptr + pid_c * tl.num_programs(1) + pid_r
-    scale_tiles = tiles1 * tl.num_programs(1)
-    scale_counter_ptr = counters_ptr + (tiles0 + tiles1) * tl.num_programs(1)
+    pid_r, pid_c, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    counter_ptr = counters_ptr + pid_c * tl.num_programs(0) + pid_r
+    scale_tiles = tiles1 * tl.num_programs(0)
+    scale_counter_ptr = counters_ptr + (tiles0 + tiles1) * tl.num_programs(0)
     if pid_c < tiles0:
         if LOWSUM and pid_c == 0:
             _sum_tile(
@@ -219,7 +252,7 @@ def _token_reduction_kernel(
                 M, C0, R, stride_v0m, stride_out0_c, stride_out0_r,
                 pid_c, pid_r, pid_split, drop_threshold,
                 SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 0, False, True, PRODUCT0,
-                0, 0, False, GROUPED, PRECISION,
+                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION,
             )  # fmt: skip
         elif PRODUCT0:
             _sum_tile(
@@ -229,7 +262,7 @@ def _token_reduction_kernel(
                 M, C0, R, stride_v0m, stride_out0_c, stride_out0_r,
                 pid_c, pid_r, pid_split, drop_threshold,
                 SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 0, False, False, PRODUCT0,
-                0, 0, False, GROUPED, PRECISION,
+                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION,
             )  # fmt: skip
     elif pid_r == 0:
         _sum_tile(
@@ -239,7 +272,7 @@ def _token_reduction_kernel(
             M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
             pid_c - tiles0, pid_r, pid_split, drop_threshold,
             SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 1, COLSUM, False, PRODUCT1,
-            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRECISION,
+            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION,
         )  # fmt: skip
     elif PRODUCT1:
         _sum_tile(
@@ -249,5 +282,5 @@ def _token_reduction_kernel(
             M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
             pid_c - tiles0, pid_r, pid_split, drop_threshold,
             SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 1, False, False, PRODUCT1,
-            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRECISION,
+            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION,
         )  # fmt: skip

@@ -9,6 +9,9 @@ Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,13 +23,26 @@ _LOW = 0xFFFFFFFF
 _CHUNK = 1 << 20
 
 
+class Drawing(threading.local):
+    """What becomes of a seed that was drawn, in this thread.
+
+    Tensor-parallel layers make it the same on every rank, or another one on each.
+    """
+
+    rule: Callable[[Tensor], Tensor] | None = None
+
+
+DRAWING = Drawing()
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """Return a fresh dropout seed, int64 [1], from torch's generator of ``device``.
 
     Drawn on the device, so that ``torch.manual_seed``, checkpoint recomputation and CUDA graph
     replays give what they give for ``torch.nn.Dropout``, and nothing synchronises.
     """
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return seed if DRAWING.rule is None else DRAWING.rule(seed)
 
 
 def drop_threshold(p: float) -> int:

@@ -7,6 +7,7 @@ so, the rest is reasoned from the sizes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 class ReductionTile:
     """Block sizes of the token-split gradient reduction: tokens, columns, ranks.
 
-    Each block of ranks reads x and dY once more.
+    Each block of ranks reads x and dY once more, from L2 where it fits. Sums of 16-bit columns can
+    be products with ones, where tensor cores read their operands from shared memory: no register
+    then holds what is summed.
     """
 
     block_m: int
@@ -28,6 +31,7 @@ class ReductionTile:
     block_r: int
     num_warps: int
     num_stages: int
+    product_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class CopyTile:
     num_warps: int
 
 
-# By the ranks of a block: 16, 32, and what ranks above 32 take.
+# By the ranks of a block: 16, 32, and what ranks above 32 take; where there are tiles of 128, ranks
+# above 64 take those if they are multiples of 16: others need the registers for masks.
 REDUCTION_TILES = {
     16: ReductionTile(64, 64, 16, 8, 3),
     32: ReductionTile(64, 64, 32, 8, 3),
@@ -48,8 +53,12 @@ REDUCTION_TILES = {
 }
 # The fastest of eleven candidates on an H200, with and without dropout.
 _REDUCTION_TILES_BY_FAMILY = {
-    "sm_90": REDUCTION_TILES
-    | {16: ReductionTile(128, 64, 16, 8, 4), 64: ReductionTile(64, 128, 64, 8, 3)}
+    "sm_90": {
+        16: ReductionTile(128, 64, 16, 8, 4, product_sums=True),
+        32: ReductionTile(64, 64, 32, 8, 3, product_sums=True),
+        64: ReductionTile(64, 128, 64, 8, 3, product_sums=True),
+        128: ReductionTile(64, 64, 128, 8, 3, product_sums=True),
+    }
 }
 # A block of 64 ranks in float32 spills on some families.
 REDUCTION_TILES_32BIT = {
@@ -97,11 +106,18 @@ def reduction_tile(device: torch.device, dtype: torch.dtype, rank: int) -> Reduc
     else:
         exact = precision(dtype, device) == "ieee"
         table = REDUCTION_TILES_EXACT if exact else REDUCTION_TILES_32BIT
-    return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
+    return table[reduction_block(table, rank)]
+
+
+def reduction_block(table: Mapping[int, ReductionTile], rank: int) -> int:
+    """Return which of a table's blocks of ranks a rank takes."""
+    if rank > 64 and rank % 16 == 0 and 128 in table:
+        return 128
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
 
 
 def family_reduction_tiles(name: str) -> dict[int, ReductionTile]:
-    """Return a family's 16-bit tiles of the reduction by the ranks of a block: 16, 32, above."""
+    """Return a family's 16-bit tiles of the reduction by the ranks of a block."""
     return _REDUCTION_TILES_BY_FAMILY.get(name, REDUCTION_TILES)
 
 

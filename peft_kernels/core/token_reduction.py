@@ -87,7 +87,7 @@ def token_reduction(
         scale_part = parts(rank_blocks * columns1)
     arrivals = counters(device, programs + 1)
     launch(
-        _token_reduction_kernel, (tiles0 + tiles1, rank_blocks, groups.count if groups else splits),
+        _token_reduction_kernel, (rank_blocks, tiles0 + tiles1, groups.count if groups else splits),
         v0, first.low, out0, _some(lowsum, unused), v1, second.low, out1, _some(colsum, unused),
         part0, lowsum_part, part1, colsum_part, arrivals, _some(seed, arrivals),
         groups.order if groups else arrivals, groups.offsets if groups else arrivals,
@@ -102,7 +102,8 @@ def token_reduction(
         PRODUCT1=need1, COLSUM=colsum is not None, SCALE=scaling.kind() if scaling else 0,
         SCALE_GRAD=0 if gradient is None else 1 if gradient.numel() == 1 else 2,
         HAS_BIAS=scaling is not None and scaling.bias is not None, GROUPED=groups is not None,
-        PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRODUCT_SUMS=tile.product_sums, PRECISION=precision, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
 
 

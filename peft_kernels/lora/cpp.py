@@ -44,7 +44,7 @@ def forward(
     if not small:
         torch.mm(x, weight.t(), out=y)
     extension.load().lora_forward(
-        x.dtype == torch.bfloat16, tokens, in_features, out_features, rank,
+        x.dtype is torch.bfloat16, tokens, in_features, out_features, rank,
         x.data_ptr(), x.stride()[0], lora_a.data_ptr(), lora_b.data_ptr(),
         0 if bias is None else bias.data_ptr(), weight.data_ptr() if small else 0,
         float(scale) / (1.0 - dropout_p), 0 if seed is None else seed.data_ptr(),

@@ -93,18 +93,20 @@ def run_forward(
         y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
         s.zero_()
         return
-    chosen.forward(
-        rows(x, dtype),
-        matrix(weight, dtype),
-        packed(lora_a, dtype),
-        packed(lora_b, dtype),
-        None if bias is None else packed(bias, dtype),
-        seed,
-        scale,
-        dropout_p,
-        y if y.dim() == 2 else y.view(tokens, out_features),
-        s,
-    )
+    # What is as launchers take it already is told here: four calls cost as much as the product.
+    if x.dtype is not dtype or x.dim() != 2 or x.stride()[1] != 1:
+        x = rows(x, dtype)
+    if weight.dtype is not dtype or not weight.is_contiguous():
+        weight = matrix(weight, dtype)
+    if lora_a.dtype is not dtype or not lora_a.is_contiguous():
+        lora_a = packed(lora_a, dtype)
+    if lora_b.dtype is not dtype or not lora_b.is_contiguous():
+        lora_b = packed(lora_b, dtype)
+    if bias is not None:
+        bias = packed(bias, dtype)
+    if y.dim() != 2:
+        y = y.view(tokens, out_features)
+    chosen.forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, y, s)
 
 
 def run_backward(

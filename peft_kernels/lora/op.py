@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import eager_apply
-from peft_kernels.core.operands import gradient_of
+from peft_kernels.core.operands import arrived, gradient_of
 from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
 
 
@@ -61,6 +61,7 @@ class LoRALinearFunction(torch.autograd.Function):
         """Return the gradients of x, weight, lora_a, lora_b and bias, each where it is needed."""
         if dy is None:
             return (None,) * 10
+        dy = arrived(dy)
         x, weight, lora_a, lora_b, s, seed, scale = ctx.saved_tensors
         number, dropout_p, backend, bias_dtype = ctx.options
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]

@@ -144,12 +144,14 @@ def _is_dora(variant: Any) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     """Return whether calling ``module`` does more than its class's forward."""
+    own = module.__dict__.get("forward")
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        # Removing a hook of accelerate leaves the class's own forward there.
+        or (own is not None and getattr(own, "__func__", None) is not type(module).forward)
     )
 
 

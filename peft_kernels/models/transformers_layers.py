@@ -29,6 +29,12 @@ def self_attention(model: nn.Module, targets: str | Iterable[str] | None) -> dic
             raise ValueError(f"{name!r} is in a decoder and says is_causal=False: is it causal?")
         if _window_is_hidden(module):
             raise ValueError(f"{name!r} does not tell its attention of config.sliding_window")
+        chosen_by = _own_choice_of_keys(module)
+        if chosen_by is not None:
+            raise ValueError(
+                f"{name!r} chooses the keys of every query by its {chosen_by}: sparse attention "
+                f"has no kernel"
+            )
     if not found:
         raise ValueError(
             f"no self-attention that uses transformers' AttentionInterface in "
@@ -65,6 +71,18 @@ def _window_is_hidden(module: nn.Module) -> bool:
     names = {*code.co_names, *code.co_varnames}
     constants = [each for each in code.co_consts if isinstance(each, tuple)]
     return "sliding_window" not in names and not any("sliding_window" in each for each in constants)
+
+
+def _own_choice_of_keys(module: nn.Module) -> str | None:
+    """Return the name of what gives a layer a mask of its own (DeepSeek's indexer, Doge), or None.
+
+    Both look into the model's mask first, as only "eager" and "sdpa" make it: with the mask of
+    padding they fail there, before the attention function could say why.
+    """
+    if any(_last(name) == "indexer" for name, _ in module.named_modules()):
+        return "indexer"
+    dynamic = "prepare_dynamic_mask"
+    return dynamic if hasattr(module, dynamic) else None
 
 
 def _uses_interface(module: nn.Module) -> bool:

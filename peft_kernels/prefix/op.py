@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import eager_apply
-from peft_kernels.core.operands import gradient_of
+from peft_kernels.core.operands import arrived, gradient_of
 from peft_kernels.prefix import check
 from peft_kernels.prefix.dispatch import (
     PREFIX_ATTENTION,
@@ -91,7 +91,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
             )
         ]
         prefix_backward(
-            torch.zeros_like(out) if dout is None else dout, dlse, *operands,
+            torch.zeros_like(out) if dout is None else arrived(dout),
+            None if dlse is None else arrived(dlse), *operands,
             scale if scale_tensor is None else scale_tensor, causal, window, dropout_p, backend,
             *gradients,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask, multiply, multiply_add
+from peft_kernels.core.device import keep_mask, multiply, multiply_add, operand
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
@@ -209,7 +209,9 @@ def _prefix_query_gradient_kernel(
             tl.store(prefix_correction_ptr + rows, prefix_correction, mask=exists)
     else:
         out = load_block(out_ptr, rows * D, exists, D, BLOCK_D, True)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        # Of the same dout as dp: where a row sees few keys, what it lost cancels in dp - delta.
+        weight = operand(dout, PRECISION)
+        delta = tl.sum(weight.to(tl.float32) * out.to(tl.float32), axis=1)
         correction = tl.full((BLOCK_M,), 1.0, tl.float32)
     prefix_factor = correction
     if GATED:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
 from peft_kernels.core.library import eager_apply
+from peft_kernels.core.operands import arrived
 from peft_kernels.prompt.dispatch import (
     PROMPT_EMBEDDING,
     PromptSpec,
@@ -91,6 +92,7 @@ class PromptEmbeddingFunction(torch.autograd.Function):
         """Return the gradients of prompt and table, each where it is needed."""
         if d_embeddings is None:
             return (None,) * 9
+        d_embeddings = arrived(d_embeddings)
         columns, input_ids = ctx.saved_tensors
         need_prompt, need_weight = ctx.needs_input_grad[:2]
         shape, dtype, weight_shape = ctx.like

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -231,6 +231,23 @@ def test_gradient_of_a_learned_scale(dtype: torch.dtype, native: bool) -> None:
     exact = torch.stack([by_autograd(each, torch.float64)["d_scale"] for each in problems])
     eager = torch.stack([by_autograd(each, dtype)["d_scale"] for each in problems])
     assert_as_accurate_as_eager("d_scale", found, [eager], exact, dtype)
+
+
+@PATHS
+@DTYPES
+def test_the_bottleneck_bias_gradient_is_the_rounded_sum_of_its_rows(
+    dtype: torch.dtype, native: bool
+) -> None:
+    """Its terms may lack fused multiply-adds where the CPU does: its sum must leave them room."""
+    extension.load().use_native(native)
+    given = problem(200, 70, 21, dtype=dtype, activation="silu")  # of one chunk
+    found = by_cpp(given, torch.float32)["d_down_bias"]
+    rows = [
+        by_cpp(replace(given, x=given.x[m : m + 1], dy=given.dy[m : m + 1]), torch.float32)
+        for m in range(len(given.x))
+    ]
+    exact = sum(row["d_down_bias"].double() for row in rows)
+    assert torch.equal(found, exact.float())
 
 
 def test_mask_equals_the_specification_bit_for_bit() -> None:

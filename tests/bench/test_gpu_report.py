@@ -160,7 +160,7 @@ def test_items_are_every_case_before_any_variant() -> None:
     assert items[:8] == [f"main {case.name}" for case in REPORT_CASES]
     assert items[-8:] == [f"variants {case.name}" for case in REPORT_CASES]
     others = [name for name in items[8:-8] if name.split()[1] in OTHERS]
-    assert others == items[8:-8] and len(others) == 8 + 6 + 3
+    assert others == items[8:-8] and len(others) == 8 + 7 + 3
     assert gpu_timing.items(dry=False, ops=["lora"]) == items[:8] + items[-8:]
     assert len(gpu_timing.items(dry=True, ops=["lora"])) == 2 * len(DRY_CASES)
     assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1 + 1

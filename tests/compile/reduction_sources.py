@@ -22,8 +22,8 @@ _RAGGED = {
     "R", "M", "tiles0", "tiles1", "drop_threshold", "scale", "inverse_keep", "offsets_ptr",
     "stride_out0_c", "stride_out0_r", "stride_out1_c", "stride_out1_r",
 }  # fmt: skip
-
-
+# The numbers among these that are multiples of R.
+_OF_RANK = {"R", "stride_out1_c"}
 # Where the features are no multiple of 16.
 _UNALIGNED = {"C0", "C1", "stride_v0m", "stride_v1m"}
 
@@ -67,10 +67,13 @@ def _source(
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": tile.block_r,
         "PRODUCT0": True, "LOWSUM": False, "PRODUCT1": True, "COLSUM": True, "SCALE": 0,
-        "SCALE_GRAD": 0, "HAS_BIAS": False, "GROUPED": False, "PRECISION": "tf32",
+        "SCALE_GRAD": 0, "HAS_BIAS": False, "GROUPED": False, "PRODUCT_SUMS": tile.product_sums,
+        "PRECISION": "tf32",
         "stride_out0_c": 1, "stride_out1_r": 1,
     }  # fmt: skip
     constants |= changes
     if constants["SCALE"] > 1:
         types["scale"] = "*fp32"
-    return types, constants, frozenset(set(types) - _RAGGED - (_UNALIGNED if unaligned else set()))
+    # Ranks that are no multiples of 16 take smaller blocks.
+    ragged = _RAGGED - (_OF_RANK if tile.block_r > 64 else set())
+    return types, constants, frozenset(set(types) - ragged - (_UNALIGNED if unaligned else set()))

@@ -122,6 +122,40 @@ def test_scaled_sums_and_the_gradient_of_the_scale(splits: int, p: float, kind: 
         torch.testing.assert_close(gradient, expected.float(), rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("p", [0.0, P])
+def test_sums_by_products_are_sums(splits: int, p: float) -> None:
+    """As tiles of Hopper make them, in float16: bfloat16 is wrong in the interpreter."""
+    from peft_kernels.core.token_reduction import Factor, token_reduction
+
+    v0, low0, v1, low1 = (each.half() for each in _tensors())
+    lowsum, colsum = _poisoned(RANK), _poisoned(C1)
+    token_reduction(
+        Factor(v0, low0, None),
+        Factor(v1, low1, None),
+        colsum,
+        tiles.ReductionTile(32, 32, 32, 4, 1, product_sums=True),
+        seed=SEED if p else None,
+        dropout_p=p,
+        precision="ieee",
+        dropped=1,
+        lowsum=lowsum,
+    )
+    kept = v1 * rng.dropout_mask(SEED, TOKENS, C1, p) if p else v1
+    torch.testing.assert_close(lowsum, low0.double().sum(0).float(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(colsum, kept.double().sum(0).float(), rtol=1e-6, atol=1e-4)
+
+
+def test_ranks_take_the_blocks_that_are_compiled_for_them() -> None:
+    tile = tiles.ReductionTile(64, 64, 64, 8, 2)
+    narrow = dict.fromkeys((16, 32, 64), tile)
+    taken = [tiles.reduction_block(narrow, rank) for rank in (1, 16, 17, 33, 65, 128)]
+    assert taken == [16, 16, 32, 64, 64, 64]
+    wide = narrow | {128: tile}
+    assert [tiles.reduction_block(wide, rank) for rank in (64, 65, 100, 112, 256)] == [
+        64, 64, 64, 128, 128,
+    ]  # fmt: skip
+
+
 def test_enough_programs_are_wanted_that_tests_of_lora_split_too() -> None:
     from peft_kernels.core.token_reduction import _splits
 

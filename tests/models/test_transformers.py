@@ -6,7 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -457,6 +457,46 @@ def test_layers_that_keep_to_themselves_what_they_see_are_refused() -> None:
     longer = torch.cat([given["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
     with pytest.raises(ValueError, match=r"must end with the last query: 9 columns, got \[3, 11"):
         model(input_ids=given["input_ids"], attention_mask=longer)
+
+
+def doge() -> nn.Module:
+    return transformers.DogeForCausalLM(transformers.DogeConfig(**ROTARY))
+
+
+def with_an_indexer(name: str) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(
+        **{**ROTARY, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, moe_intermediate_size=16,
+        n_routed_experts=4, num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        n_shared_experts=1, index_topk=4, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "by"),
+    [
+        ("DeepseekV32", with_an_indexer, "indexer"),
+        ("GlmMoeDsa", with_an_indexer, "indexer"),
+        ("Doge", lambda _: doge(), "prepare_dynamic_mask"),
+    ],
+    ids=["DeepseekV32", "GlmMoeDsa", "Doge"],
+)
+def test_layers_that_choose_their_keys_are_refused(
+    name: str, build: Callable[[str], nn.Module], by: str
+) -> None:
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(1)
+    model = build(name).eval()
+    given = batch("left")
+    expected = model(**given).logits
+    text = rf"'model.layers.0.self_attn' chooses the keys of every query by its {by}: sparse"
+    with pytest.raises(ValueError, match=text):
+        attach_prefixes(model, num_virtual_tokens=2)
+    # Refused before anything was changed.
+    assert torch.equal(model(**given).logits, expected)
 
 
 def test_a_pickled_model_is_whole_in_another_process(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peft_kernels import explain, prefix_attention
 from peft_kernels.core import extension
 from peft_kernels.prefix import cpp
 from peft_kernels.prefix.dispatch import PREFIX_ATTENTION
-from tests.prefix.problems import Problem, check, fused, problem, results
+from tests.prefix.problems import Problem, check, check_together, fused, problem, results
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -100,6 +100,16 @@ def test_portable_path_is_as_accurate_as_eager(
 ) -> None:
     given = problem(**CALLS[call], gated="small" in call, dropout_p=0.1, dtype=dtype)
     check(given, "cpp", dtype)
+
+
+def test_one_query_is_summed_as_accurately_as_by_a_library() -> None:
+    """Which sums a single row's product in lanes, not in one chain over the head."""
+    given = [problem(queries=1, keys=133, size=40, causal=True, seed=seed) for seed in range(16)]
+    check_together(given, "cpp", torch.float32)
+
+
+def test_one_query_is_summed_as_accurately_on_the_portable_path(portable: None) -> None:
+    test_one_query_is_summed_as_accurately_as_by_a_library()
 
 
 def _results(given: Problem, **options: Any) -> dict[str, Tensor]:
