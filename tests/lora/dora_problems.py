@@ -21,6 +21,7 @@ def inputs(given: Problem, dtype: torch.dtype | None = None) -> list[Tensor]:
     """
     generator = torch.Generator().manual_seed(7)
     stretch = 0.5 + torch.rand(given.weight.shape[0], generator=generator)
+    stretch = stretch.to(given.weight.device)
     magnitude = (given.weight.double().norm(dim=1) * stretch).to(given.lora_b.dtype)
     tensors = [given.x, given.weight, given.lora_a, given.lora_b, magnitude]
     tensors += [] if given.bias is None else [given.bias]
@@ -39,7 +40,7 @@ def dense_norm(given: Problem, tensors: list[Tensor]) -> Tensor:
     """Return the norm of the rows of W + scale B A as peft makes it, in the tensors' dtype."""
     _, weight, lora_a, lora_b, *_ = tensors
     weight = weight.to(lora_a.dtype)
-    eye = torch.eye(weight.shape[1], dtype=lora_a.dtype)
+    eye = torch.eye(weight.shape[1], dtype=lora_a.dtype, device=weight.device)
     delta = F.linear(F.linear(eye, lora_a), lora_b).T
     return torch.linalg.norm(weight + given.scale * delta, dim=1).detach()
 
