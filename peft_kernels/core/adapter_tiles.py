@@ -118,8 +118,8 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
         ("16bit", "many", "forward", 16): AdapterTile("fused", 32, 128, 4, 3),
         ("16bit", "many", "backward", 16): AdapterTile("fused", 32, 128, 4, 3),
         ("16bit", "many", "backward", 32): AdapterTile("fused", 64, 128, 4, 3),
-        ("16bit", "many", "forward", 128): AdapterTile("fused", 64, 64, 4, 4),
-        ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 3),
+        ("16bit", "many", "forward", 128): AdapterTile("fused", 64, 64, 8, 4),
+        ("16bit", "many", "backward", 128): AdapterTile("fused", 64, 64, 8, 4),
     },
     "sm_120": {
         ("fp32", "many", "forward", 64): AdapterTile("fused", 32, 64, 4, 2),
@@ -150,8 +150,8 @@ _REDUCTION_TILES_COMPACT = _REDUCTION_TILES | {
 _REDUCTION_TILES_HOPPER = {
     16: ReductionTile(64, 64, 16, 4, 3, product_sums=True),
     32: ReductionTile(64, 64, 32, 8, 3, product_sums=True),
-    64: ReductionTile(64, 64, 64, 8, 3, product_sums=True),
-    128: ReductionTile(64, 64, 128, 8, 3, product_sums=True),
+    64: ReductionTile(64, 64, 64, 4, 3, product_sums=True),
+    128: ReductionTile(64, 128, 128, 8, 4, product_sums=True),
 }
 _REDUCTION_TILES_32BIT = {
     16: ReductionTile(32, 64, 16, 8, 2),

@@ -150,7 +150,7 @@ def forced_variant(variant: str | None) -> Iterator[None]:
     """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
 
     "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
-    backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 16.
+    backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 8.
     """
     global _forced
     if variant is not None and variant not in VARIANTS:
@@ -182,7 +182,7 @@ def _tma_tile(
     if device.type != "cuda":
         return replace(_INTERPRETED, variant="ticket_tma") if _forced else None
     # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
-    if not aligned or rank % 16 or dtype == torch.float32 or tiles.family(device) != "sm_90":
+    if not aligned or rank % 8 or dtype == torch.float32 or tiles.family(device) != "sm_90":
         return None
     return _TMA[name.replace("decode", "small")]
 

@@ -57,7 +57,7 @@ _REDUCTION_TILES_BY_FAMILY = {
         16: ReductionTile(128, 64, 16, 8, 4, product_sums=True),
         32: ReductionTile(64, 64, 32, 8, 3, product_sums=True),
         64: ReductionTile(64, 128, 64, 8, 3, product_sums=True),
-        128: ReductionTile(64, 64, 128, 8, 3, product_sums=True),
+        128: ReductionTile(64, 128, 128, 8, 4, product_sums=True),
     }
 }
 # A block of 64 ranks in float32 spills on some families.

@@ -211,6 +211,7 @@ def _ticket_tma(operands: _Operands, y: Tensor, tile: lora_tiles.LoRATile) -> No
         THREADS=32 * tile.num_warps,
         LOW_RANK_STAGES=lora_tiles.low_rank_stages(tile),
         SLICES=slices,
+        EIGHTS=0 if b.shape[1] % 16 == 0 or b.shape[1] % 8 else 2 if b.stride(0) == 1 else 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

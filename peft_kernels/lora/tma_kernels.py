@@ -149,11 +149,20 @@ def _lora_ticket_tma_kernel(
     HAS_BIAS: tl.constexpr,
     SCALE_IS_POINTER: tl.constexpr, PRECISION: tl.constexpr,
     THREADS: tl.constexpr, LOW_RANK_STAGES: tl.constexpr, SLICES: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Any one-dimensional grid; counters: [ticket, programs done, one flag per row block].
 
-    SLICES is how many parts a tile is stored in: 2, or 4 or 8 where DROPOUT is 2.
+    SLICES is how many parts a tile is stored in: 2, or 4 or 8 where DROPOUT is 2. EIGHTS says that
+    the rank is a multiple of 8 but not of 16, which the compiler would tell by itself, and the
+    pitch of b (1) or of a (2) too: their rows are read 16 bytes at a time.
     """
+    if EIGHTS > 0:
+        R = R // 8 * 8
+    if EIGHTS == 1:
+        stride_bn = stride_bn // 8 * 8
+    if EIGHTS == 2:
+        stride_ak = stride_ak // 8 * 8
     num_m, num_n, num_r = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_R)
     PARTS: tl.constexpr = BLOCK_M // BLOCK_P
     num_p = tl.cdiv(M, BLOCK_P)

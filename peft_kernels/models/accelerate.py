@@ -42,6 +42,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     ``add_adapter``, ``delete_adapter``, ``merge_and_unload``, ``save_pretrained``) works as before.
     A layer decides at each call: while it is merged, disabled, hooked, given several adapters for
     one batch, or has parameters that its method's kernel cannot take, it runs its own forward.
+    Prefix tuning, prompt tuning and P-tuning are served in the ``PeftModel`` itself, which the
+    report lists under its name, "" where it is ``model``. A prefix goes through transformers'
+    attention interface, so gradient checkpointing, which peft refuses beside one, may be enabled
+    afterwards.
 
     Calling it again takes in what was added since, and changes nothing else.
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_kernels.models import peft_embedding, peft_lora
+from peft_kernels.models import peft_embedding, peft_lora, peft_prompts
 from peft_kernels.models.found import PLAIN, Found
 
 # By the class of peft's layer: what serves it.
@@ -18,7 +18,8 @@ _SERVED: dict[type, Any] = {
 
 
 def find(model: nn.Module) -> Iterator[Found]:
-    """Yield every layer of a tuner of peft, under each of its names."""
+    """Yield every layer of a tuner of peft, and every model with a prompt, under all its names."""
+    yield from peft_prompts.find(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if issubclass(type(module), BaseTunerLayer):
             yield _found(name, module)

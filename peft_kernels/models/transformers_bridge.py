@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "peft_kernels_prefix"
 # The name under which an attention layer holds its prefix, and so in the model's state dict.
 SUBMODULE = "peft_kernels_prefix"
+# The argument by which a call brings prefixes of its own (peft's), as ``CallPrefixes``.
+CALL_PREFIXES = "peft_kernels_prefixes"
 _RECORD = "_peft_kernels_prefixes"
 
 # Of transformers' attention arguments, what has no kernel and would change the result.
@@ -64,7 +66,7 @@ def attention_forward(
 
     Args:
         module: the attention layer; its prefix, if it has one, is the submodule
-            ``peft_kernels_prefix``.
+            ``peft_kernels_prefix``, unless the call brings it.
         query: [B, Hq, S, d].
         key: [B, Hkv, T, d], from the cache if there is one.
         value: [B, Hkv, T, d].
@@ -73,7 +75,8 @@ def attention_forward(
         scaling: of the scores; None takes 1 / sqrt(d).
         sliding_window: keys this many positions back are not seen; the prefix always is.
         is_causal: None takes the layer's own, and so does a call with a mask.
-        **kwargs: ``cu_seq_lens_q`` or ``position_ids`` (packed sequences); what has no kernel is
+        **kwargs: ``cu_seq_lens_q`` or ``position_ids`` (packed sequences), and
+            ``peft_kernels_prefixes``, of which each layer takes its own; what has no kernel is
             refused by name.
 
     Raises:
@@ -92,10 +95,11 @@ def attention_forward(
     if key_mask is not None and key_mask.shape[1] < key.shape[2]:
         # A static cache hands out what was not written yet too.
         key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
-    tokens = getattr(module, SUBMODULE, None)
-    if tokens is None:
+    tokens, brought, gate = getattr(module, SUBMODULE, None), kwargs.get(CALL_PREFIXES), None
+    if brought is not None:
+        prefix_key, prefix_value = brought.of(module, key.device)
+    elif tokens is None:
         prefix_key = prefix_value = key.new_empty(key.shape[1], 0, key.shape[3])
-        gate = None
     else:
         (prefix_key, prefix_value), gate = tokens.virtual_tokens(), tokens.gate
     batch, _, queries, _ = query.shape
@@ -247,7 +251,7 @@ def attach_prefixes(
         prefix_of(layer, num_virtual_tokens, gated, prefix_projection, projection_hidden, dtype)
         for layer in layers.values()
     ]
-    previous = _switch(inner, layers)
+    previous = switch_attention(inner, layers)
     handles: list[RemovableHandle] = []
     for layer, tokens in zip(layers.values(), built, strict=True):
         layer.add_module(SUBMODULE, tokens.train(layer.training))
@@ -286,7 +290,7 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"model must be, or hold, a transformers model, got {type(model).__name__}")
 
 
-def _switch(inner: PreTrainedModel, layers: dict[str, nn.Module]) -> Any:
+def switch_attention(inner: PreTrainedModel, layers: dict[str, nn.Module]) -> Any:
     """Make the model compute attention by ``attention_forward``; return what it did before."""
     register()
     previous = inner.config._attn_implementation

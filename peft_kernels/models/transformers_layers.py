@@ -107,18 +107,23 @@ def prefix_of(
     projection_hidden: int | None,
     dtype: torch.dtype | None,
 ) -> VirtualTokens:
-    """Return a prefix that fits an attention layer of any of transformers' namings."""
-    config: Any = layer.config
-    heads = _first(layer, config, "num_heads", "num_attention_heads", "n_heads")
-    groups = getattr(layer, "num_key_value_groups", None)
-    kv_heads = heads // groups if groups else heads
-    size = _first(layer, config, "head_dim", "attention_head_size", "head_size")
+    """Return a prefix that fits an attention layer."""
+    heads, kv_heads, size = heads_of(layer)
     weight = next(each for each in layer.parameters() if each.is_floating_point())
     return VirtualTokens(
         heads * size, heads, kv_heads, size, num_virtual_tokens=tokens, gated=gated,
         prefix_projection=prefix_projection, projection_hidden=projection_hidden,
         device=weight.device, dtype=dtype or weight.dtype,
     )  # fmt: skip
+
+
+def heads_of(layer: nn.Module) -> tuple[int, int, int]:
+    """Return Hq, Hkv and d of an attention layer of any of transformers' namings."""
+    config: Any = layer.config
+    heads = _first(layer, config, "num_heads", "num_attention_heads", "n_heads")
+    groups = getattr(layer, "num_key_value_groups", None)
+    size = _first(layer, config, "head_dim", "attention_head_size", "head_size")
+    return heads, heads // groups if groups else heads, size
 
 
 def _first(layer: nn.Module, config: Any, *names: str) -> int:

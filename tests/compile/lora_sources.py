@@ -84,11 +84,15 @@ def tma_product(
     constants |= {
         "K_INNER": direction == "forward", "THREADS": 32 * tile.num_warps,
         "LOW_RANK_STAGES": low_rank_stages(tile), "SLICES": slices,
-        "BLOCK_P": low_rank_rows(tile),
+        "BLOCK_P": low_rank_rows(tile), "EIGHTS": 0,
     }  # fmt: skip
-    # Ranks are multiples of 16 here, and so is every stride of A and B.
-    strides = {"stride_ar", "stride_ak", "stride_bn", "stride_br"}
-    return types, constants, divisible | {"R"} | (strides - set(constants))
+    # Every stride of A and B that is not the rank is a multiple of 16.
+    ranks = "stride_ak" if direction == "backward" else "stride_bn"
+    strides = {"stride_ar", "stride_ak", "stride_bn", "stride_br"} - set(constants) - {ranks}
+    if rank % 16:
+        constants["EIGHTS"] = 2 if direction == "backward" else 1
+        return types, constants, divisible | strides
+    return types, constants, divisible | {"R", ranks} | strides
 
 
 def low_rank(

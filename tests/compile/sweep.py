@@ -81,6 +81,10 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
                     dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
                 )
             yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
+            if tile.variant == "ticket_tma" and rank == 16:
+                source = lora_sources.tma_product(dtype, tile, 8, direction, dropout)
+                name = name.replace("r16", "r8")
+                yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
             if tile.block_k > 64:
                 # Alignment promises no more than a multiple of 64.
                 source = lora_sources.product(dtype, tile, rank, direction, dropout, even_k=False)

@@ -81,12 +81,12 @@ def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands(
 
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with lora_tiles.forced_variant("ticket_tma"):
-        assert taken() == taken(tokens=5) == taken(rank=64) == "ticket_tma"
-        assert taken(torch.float32) == taken(aligned=False) == taken(rank=8) == "ticket"
+        assert taken() == taken(tokens=5) == taken(rank=64) == taken(rank=8) == "ticket_tma"
+        assert taken(torch.float32) == taken(aligned=False) == taken(rank=12) == "ticket"
         # The pointer form then takes the tiles that are compiled for it.
-        found = lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+        found = lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 12, "forward")
         with lora_tiles.forced_variant(None):
-            assert found == lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 8, "forward")
+            assert found == lora_tiles.lora_tile(GPU, torch.bfloat16, 5000, 12, "forward")
         monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
         assert taken() == "ticket"
 

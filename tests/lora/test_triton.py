@@ -165,6 +165,9 @@ def test_tma_takes_what_descriptors_may_name(dropout_p: float, launches: list[st
     with lora_tiles.forced_variant("ticket_tma"):
         for given, expected in (
             (problem(33, 40, 24, 4, dropout_p=dropout_p), "_lora_ticket_tma_kernel"),
+            # Ranks that are multiples of 8 and of 16 take a path of their own each.
+            (problem(33, 40, 24, 24, dropout_p=dropout_p), "_lora_ticket_tma_kernel"),
+            (problem(33, 40, 24, 16, dropout_p=dropout_p), "_lora_ticket_tma_kernel"),
             (problem(33, 42, 26, 4, dropout_p=dropout_p), "_lora_ticket_kernel"),
         ):
             for weight in (given.weight, given.weight.t().contiguous().t()):
