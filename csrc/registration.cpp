@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/adapter.h"
+#include "cpu/dropout.h"
 #include "cpu/lora.h"
 #include "cpu/vector_level.h"
 #include "prefix_binding.h"
@@ -165,6 +166,23 @@ PYBIND11_MODULE(_C, m) {
         return pk::native_bfloat16();
       },
       "Let AVX-512 code written by hand run where the CPU has it; returns whether bfloat16 does now.");
+  m.def(
+      "drop",
+      [](bool bfloat16, int64_t rows, int64_t columns, uintptr_t x, int64_t x_stride, float factor,
+         uintptr_t seed, uint32_t threshold, uintptr_t y) {
+        py::gil_scoped_release release;
+        pk::drop(pk::Drop{
+            .type = type(bfloat16),
+            .rows = rows,
+            .columns = columns,
+            .x = {pointer(x), x_stride},
+            .factor = factor,
+            .seed = *static_cast<const uint64_t*>(pointer(seed)),
+            .threshold = threshold,
+            .y = pointer(y),
+        });
+      },
+      "Dropout of an activation by a seed, on raw pointers; see csrc/cpu/dropout.h.");
   m.def(
       "lora_forward",
       [](bool bfloat16, int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank,

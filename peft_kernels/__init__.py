@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peft_kernels.adapter.layer import Adapter
     from peft_kernels.adapter.op import adapter
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
+    from peft_kernels.lora.dora import dora_linear
+    from peft_kernels.lora.embedding import lora_embedding
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
@@ -48,7 +50,9 @@ _HOMES = {
     "add_adapters": "peft_kernels.models.placement",
     "attach_prefixes": "peft_kernels.models.transformers_bridge",
     "detach_prefixes": "peft_kernels.models.transformers_bridge",
+    "dora_linear": "peft_kernels.lora.dora",
     "explain": "peft_kernels.core.backend",
+    "lora_embedding": "peft_kernels.lora.embedding",
     "lora_linear": "peft_kernels.lora.op",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
@@ -75,7 +79,9 @@ __all__ = [
     "add_adapters",
     "attach_prefixes",
     "detach_prefixes",
+    "dora_linear",
     "explain",
+    "lora_embedding",
     "lora_linear",
     "prefix_attention",
     "prompt_embedding",

@@ -8,11 +8,13 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_kernels.models import peft_lora, peft_prompts
+from peft_kernels.models import peft_embedding, peft_lora, peft_prompts
 from peft_kernels.models.found import PLAIN, Found
 
 # By the class of peft's layer: what serves it.
-_SERVED: dict[type, Any] = {each.__dict__[PLAIN]: each for each in (peft_lora.FusedLinear,)}
+_SERVED: dict[type, Any] = {
+    each.__dict__[PLAIN]: each for each in (peft_lora.FusedLinear, peft_embedding.FusedEmbedding)
+}
 
 
 def find(model: nn.Module) -> Iterator[Found]:
@@ -29,7 +31,7 @@ def _found(name: str, module: nn.Module) -> Found:
     if fused is None:
         return Found(name, module, "", None, f"no kernel for {_described(kind)}")
     reason = fused.why_not(module)
-    return Found(name, module, fused.op, None if reason else fused, reason or "")
+    return Found(name, module, fused.op_of(module), None if reason else fused, reason or "")
 
 
 def _described(kind: type) -> str:

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels.lora.dora import dora_linear
 from peft_kernels.lora.op import lora_linear
 from peft_kernels.models.found import PLAIN
 
@@ -19,10 +22,15 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 class FusedLinear(lora.Linear):
     """peft's LoRA layer of an ``nn.Linear``, or of GPT-2's ``Conv1D``, by ``lora_linear``.
 
-    What the kernel does not take runs peft's own forward, call by call: see ``_adapter_of``.
+    DoRA adapters run by ``dora_linear``. What neither takes runs peft's own forward, call by call:
+    see ``_adapters_of``.
     """
 
-    op = "lora_linear"
+    @staticmethod
+    def op_of(layer: Any) -> str:
+        """Return the name of the function that serves ``layer``, as it is now."""
+        variants = [layer.lora_variant.get(name) for name in layer.active_adapters]
+        return "dora_linear" if any(map(_is_dora, variants)) else "lora_linear"
 
     @staticmethod
     def why_not(layer: Any) -> str | None:
@@ -34,7 +42,7 @@ class FusedLinear(lora.Linear):
             return "its base layer has hooks or a forward of its own (offloading)"
         for name in layer.active_adapters:
             variant = layer.lora_variant.get(name)
-            if variant is not None:
+            if variant is not None and not _is_dora(variant):
                 return f"adapter {name!r} is a {type(variant).__name__}"
             factor = layer.lora_A[name].weight if name in layer.lora_A else base.weight
             if factor.device != base.weight.device:
@@ -55,10 +63,18 @@ class FusedLinear(lora.Linear):
         if up.bias is not None:
             added = up.bias * scale
             bias = added if bias is None else bias + added
-        y = lora_linear(
-            x, weight, down.weight, up.weight, bias,
-            scale=scale, dropout_p=_dropout_p(self.lora_dropout[first]),
-        )  # fmt: skip
+        dropout_p = _dropout_p(self.lora_dropout[first])
+        if first in self.lora_variant:
+            # Beside a layer that does not train, peft leaves out the dropout of DoRA.
+            magnitude: Any = self.lora_magnitude_vector[first]
+            y = dora_linear(
+                x, weight, down.weight, up.weight, magnitude.weight, bias,
+                scale=scale, dropout_p=dropout_p if self.training else 0.0,
+            )  # fmt: skip
+        else:
+            y = lora_linear(
+                x, weight, down.weight, up.weight, bias, scale=scale, dropout_p=dropout_p
+            )
         dtype = y.dtype
         for name in others:
             down, up = self._factors(name)
@@ -73,9 +89,10 @@ class FusedLinear(lora.Linear):
         """Return the adapters to apply by the kernel, none where peft's forward must run.
 
         That is so while the layer is disabled or merged, where a call brings arguments of its own
-        (several adapters in one batch), where an adapter is a variant of LoRA, where hooks are
-        waiting on a module whose weight would be read without calling it (offloading, FSDP on
-        the factors, ZeRO), and where parameters are sharded or narrower than the base's.
+        (several adapters in one batch), where an adapter is a variant of LoRA (but for DoRA as
+        the first one: a later one acts on the sum of those before), where hooks are waiting on a
+        module whose weight would be read without calling it (offloading, FSDP on the factors,
+        ZeRO), and where parameters are sharded or narrower than the base's.
         """
         if self.disable_adapters or self.merged or args:
             return []
@@ -83,7 +100,7 @@ class FusedLinear(lora.Linear):
             return []
         base: Any = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names or self.lora_variant.keys() & set(names) or type(base) not in _BASES:
+        if not names or self.lora_variant.keys() & set(names[1:]) or type(base) not in _BASES:
             return []
         down, up = self._factors(names[0])
         dropout = self.lora_dropout[names[0]]
@@ -91,17 +108,38 @@ class FusedLinear(lora.Linear):
             return []
         if any(type(each) is not nn.Linear for each in (down, up)):
             return []
-        if any(_hooked(each) for each in (base, down, up, dropout)):
+        modules, factors = [base, down, up, dropout], [down.weight, up.weight]
+        if names[0] in self.lora_variant:
+            magnitude = self._magnitude(names[0])
+            if magnitude is None:
+                return []
+            modules.append(magnitude)
+            factors.append(magnitude.weight)
+        if any(map(_hooked, modules)):
             return []
-        for factor in (down.weight, up.weight):
+        for factor in factors:
             if type(factor) not in _PLAIN_TENSORS or factor.device != base.weight.device:
                 return []
             if torch.promote_types(factor.dtype, base.weight.dtype) is not factor.dtype:
                 return []
         return names if type(base.weight) in _PLAIN_TENSORS else []
 
+    def _magnitude(self, name: str) -> Any:
+        """Return what holds the magnitude of an adapter that is a plain DoRA, else None."""
+        if not _is_dora(self.lora_variant[name]) or self.lora_B[name].bias is not None:
+            return None
+        if self.fan_in_fan_out != isinstance(self.base_layer, Conv1D):
+            return None
+        magnitude: Any = self.lora_magnitude_vector[name]
+        return magnitude if type(magnitude) is DoraLinearLayer else None
+
 
 setattr(FusedLinear, PLAIN, lora.Linear)
+
+
+def _is_dora(variant: Any) -> bool:
+    # Exactly: subclasses of it compute something else.
+    return type(variant) is DoraLinearVariant
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -431,9 +431,9 @@ def test_variants_of_lora_are_skipped_and_run_as_before(fused_calls: list[float]
     accelerate(model)
     for each in (model, plain):
         torch.manual_seed(5)
-        each.add_adapter("other", lora_config(target_modules=["q_proj"], use_dora=True))
+        each.add_adapter("other", lora_config(target_modules=["q_proj"], init_lora_weights="mica"))
         each.set_adapter("other")
-    with pytest.raises(ValueError, match="(?s)can be accelerated.*'other' is a DoraLinearVariant"):
+    with pytest.raises(ValueError, match="(?s)can be accelerated.*'other' is a MiCALinearVariant"):
         accelerate(model)
     assert_same(logits_and_gradients(model), logits_and_gradients(plain))
     assert not fused_calls
