@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_kernels.core.backend import BackendUnavailable, Explanation, explain
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
+    from peft_kernels.lora.projections import lora_projections
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
     from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
@@ -44,6 +45,7 @@ _HOMES = {
     "detach_prefixes": "peft_kernels.models.transformers_bridge",
     "explain": "peft_kernels.core.backend",
     "lora_linear": "peft_kernels.lora.op",
+    "lora_projections": "peft_kernels.lora.projections",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
@@ -66,6 +68,7 @@ __all__ = [
     "detach_prefixes",
     "explain",
     "lora_linear",
+    "lora_projections",
     "prefix_attention",
     "prompt_embedding",
     "replace",

@@ -20,13 +20,13 @@ _LOW = 0xFFFFFFFF
 _CHUNK = 1 << 20
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Return a fresh dropout seed, int64 [1], from torch's generator of ``device``.
+def draw_seed(device: torch.device, count: int = 1) -> Tensor:
+    """Return fresh dropout seeds, int64 [count], from torch's generator of ``device``.
 
     Drawn on the device, so that ``torch.manual_seed``, checkpoint recomputation and CUDA graph
     replays give what they give for ``torch.nn.Dropout``, and nothing synchronises.
     """
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def drop_threshold(p: float) -> int:
