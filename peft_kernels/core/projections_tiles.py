@@ -1,14 +1,17 @@
 """Which launches several LoRA projections of one x take: grouped ones, or one by one, and why.
 
 The tiles are LoRA's own (``lora_tiles``): a grouped launch runs the tile that its widest rank would
-take alone, by pointers.
+take alone, by pointers, or a smaller one where that spills. Which is fastest was not measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
-from peft_kernels.core import lora_tiles
+from peft_kernels.core import lora_tiles, tiles
 from peft_kernels.core.lora_tiles import LoRATile, lora_tile
 
 MOST = 4  # projections of one launch
@@ -49,7 +52,42 @@ def projections_tile(
         return "the GEMM library multiplies exact float32"
     if tile.variant == "recompute":
         return "a few tokens make their own s"
+    if device.type != "cuda":
+        return tile
+    return grouped(tiles.family(device), direction, rank, tile)
+
+
+def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
+    """Return ``tile``, or a smaller one where the pointers of several projections make it spill."""
+    if direction == "backward" and (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 32):
+        return replace(tile, block_m=64, num_warps=4)  # float32
+    if direction == "backward" and tile.block_m == 64 and family in ("sm_100", "sm_120"):
+        return replace(tile, block_k=32)
+    if direction in ("forward", "dropped") and family == "sm_90" and tile.block_n == 256:
+        tile = replace(tile, block_n=128)
+    if direction == "dropped" and family == "sm_90" and rank > 16 and tile.block_m == 128:
+        tile = replace(tile, block_k=32)
     return tile
+
+
+def projections_cases(family: str, dtype: str) -> Iterator[tuple[str, str, int, LoRATile]]:
+    """Yield (shape class, direction, rank, tile) of every grouped launch that can be chosen."""
+    for each, kind, shape_class, tile in lora_tiles.lora_cases():
+        if (each, kind) != (family, dtype) or tile.variant != "ticket":
+            continue
+        rank = 64 if shape_class.endswith("+") else 16
+        name = shape_class.removesuffix("+")
+        for direction in _DIRECTIONS[name]:
+            yield shape_class, direction, rank, grouped(family, direction, rank, tile)
+
+
+_DIRECTIONS = {
+    "small": ("forward", "dropped", "backward", "masked"),
+    "unaligned": ("forward", "dropped", "backward", "masked"),
+    "large": ("forward", "dropped"),
+    "backward": ("backward",),
+    "masked": ("masked",),
+}
 
 
 def common_ranks(rank: int, count: int) -> int:

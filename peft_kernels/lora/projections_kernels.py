@@ -131,9 +131,6 @@ def _projections_kernel(
     whether g has one.
     """
     widths, ranks = (N0, N1, N2, N3), (R0, R1, R2, R3)
-    factors = _factors(
-        (scale0, scale1, scale2, scale3), (inverse0, inverse1, inverse2, inverse3), SCALE_IS_POINTER
-    )
     a_ptrs, s_ptrs = (a0_ptr, a1_ptr, a2_ptr, a3_ptr), (s0_ptr, s1_ptr, s2_ptr, s3_ptr)
     num_m, counts_n = tl.cdiv(M, BLOCK_M), _blocks(widths, BLOCK_N)
     num_n = counts_n[0] + counts_n[1] + counts_n[2] + counts_n[3]
@@ -149,6 +146,10 @@ def _projections_kernel(
     while ticket < total:
         if ticket < producers:
             pid_m, pid_r = ticket // num_r, ticket % num_r
+            factors = _factors(
+                (scale0, scale1, scale2, scale3), (inverse0, inverse1, inverse2, inverse3),
+                SCALE_IS_POINTER,
+            )  # fmt: skip
             if DROPOUT:
                 group, pid_r = _locate(pid_r, counts_r)
                 seed_ptr = _pick(group, (seed0_ptr, seed1_ptr, seed2_ptr, seed3_ptr))
@@ -236,9 +237,6 @@ def _projections_gradient_kernel(
     kernels that serve both directions name them; EVEN_K says whether those divide every N.
     """
     depths, ranks = (N0, N1, N2, N3), (R0, R1, R2, R3)
-    factors = _factors(
-        (scale0, scale1, scale2, scale3), (inverse0, inverse1, inverse2, inverse3), SCALE_IS_POINTER
-    )
     dy_ptrs, ds_ptrs = (dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr), (ds0_ptr, ds1_ptr, ds2_ptr, ds3_ptr)
     a_ptrs = (a0_ptr, a1_ptr, a2_ptr, a3_ptr)
     strides_dy = (stride_dy0, stride_dy1, stride_dy2, stride_dy3)
@@ -255,6 +253,10 @@ def _projections_gradient_kernel(
             pid_m = ticket // num_r
             group, pid_r = _locate(ticket % num_r, counts_r)
             R = _pick(group, ranks)
+            factors = _factors(
+                (scale0, scale1, scale2, scale3), (inverse0, inverse1, inverse2, inverse3),
+                SCALE_IS_POINTER,
+            )  # fmt: skip
             _low_rank_block(
                 _pick(group, dy_ptrs), _pick(group, (b0_ptr, b1_ptr, b2_ptr, b3_ptr)),
                 _pick(group, ds_ptrs), seed0_ptr, _pick(group, factors), M, _pick(group, depths), R,

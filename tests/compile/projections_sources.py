@@ -7,10 +7,12 @@ from typing import Any
 from peft_kernels.core.lora_tiles import LoRATile, rank_block
 from peft_kernels.core.projections_tiles import MOST, common_ranks
 
-KERNELS = {"forward": "_projections_kernel", "backward": "_projections_gradient_kernel"}
+_ONWARD, _BACK = "_projections_kernel", "_projections_gradient_kernel"
+KERNELS = {"forward": _ONWARD, "dropped": _ONWARD, "backward": _BACK, "masked": _BACK}
 _EACH = {
     "w{}_ptr": "*{t}", "a{}_ptr": "*{t}", "b{}_ptr": "*{t}", "seed{}_ptr": "*i64",
-    "scale{}": "fp32", "inverse{}": "fp32", "threshold{}": "i32", "N{}": "i32", "R{}": "i32", "stride_w{}": "i32",
+    "scale{}": "fp32", "inverse{}": "fp32", "threshold{}": "i32", "N{}": "i32",
+    "R{}": "i32", "stride_w{}": "i32",
 }  # fmt: skip
 _FORWARD = {"bias{}_ptr": "*{t}", "y{}_ptr": "*{t}", "s{}_ptr": "*{t}"}
 _BACKWARD = {"dy{}_ptr": "*{t}", "ds{}_ptr": "*{t}", "stride_dy{}": "i32"}
@@ -22,13 +24,11 @@ def source(
     tile: LoRATile,
     rank: int,
     direction: str,
-    dropout: bool,
     *,
     ragged: bool = False,
-    weight_rows: bool = True,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of a grouped launch of four projections."""
-    forward = direction == "forward"
+    forward = KERNELS[direction] == _ONWARD
     each = _EACH | (_FORWARD if forward else _BACKWARD)
     types = {
         name.format(index): kind.format(t=dtype)
@@ -39,7 +39,7 @@ def source(
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": not ragged,
-        "DROPOUT": dropout, "WEIGHT_ROWS": weight_rows, "SCALE_IS_POINTER": ragged,
+        "DROPOUT": direction in ("dropped", "masked"), "WEIGHT_ROWS": True, "SCALE_IS_POINTER": ragged,
         "PRECISION": "tf32",
     }  # fmt: skip
     if forward:
