@@ -1,7 +1,7 @@
 """Launchers of several LoRA projections of one x: grouped where there is a tile, else one by one.
 
-``remembered`` sees tensors among a launcher's arguments, not inside of them: the two grouped
-launchers take every projection's tensors and numbers in one flat list.
+``remembered`` sees tensors among a launcher's arguments, not inside of them: what it wraps here
+takes every projection's tensors and numbers one after the other.
 """
 
 from __future__ import annotations
@@ -29,19 +29,14 @@ from peft_kernels.lora.projections_dispatch import (
 )
 
 MOST = projections_tiles.MOST
-_WIDTH = len(Projection._fields)
+_FIELDS = len(Projection._fields)
 
 
 def forward(
     x: Tensor, projections: Sequence[Projection], ys: Sequence[Tensor], ss: Sequence[Tensor]
 ) -> None:
     """Write every y [M, N] and s [M, r]: up to four of them in one launch, or one by one."""
-    if len(projections) == 1 or isinstance(_forward_tile(x, projections), str):
-        forward_each(single.lora_forward, x, projections, ys, ss)
-        return
-    for first in range(0, len(projections), MOST):
-        part = slice(first, first + MOST)
-        _forward(x, *ys[part], *ss[part], *_flat(projections[part]))
+    _forward(x, *ys, *ss, *_flat(projections))
 
 
 def backward(
@@ -56,36 +51,68 @@ def backward(
 
     The parts of dX of more than four are summed in float32, and the sum is rounded once.
     """
-    count = len(projections)
-    if count == 1 or dx is None or isinstance(_gradient_tile(dys, x, projections), str):
+    _backward(x, dx, *dys, *ss, *_flat(gradients), *_flat(projections))
+
+
+def _flat(records: Sequence[Projection | Gradients]) -> list[Any]:
+    return [value for each in records for value in each]
+
+
+@remembered
+def _forward(x: Tensor, *values: Any) -> None:
+    """Serve ``forward``; values: every y, every s, every projection's."""
+    count = len(values) // (2 + _FIELDS)
+    ys, ss = values[:count], values[count : 2 * count]
+    projections = _projections(values[2 * count :])
+    tile = _forward_tile(x, projections)
+    if count == 1 or isinstance(tile, str):
+        forward_each(single.lora_forward, x, projections, ys, ss)
+        return
+    with torch.cuda.device_of(x):
+        for first in range(0, count, MOST):
+            some = slice(first, first + MOST)
+            _launch_forward(x, ys[some], ss[some], projections[some], tile)
+
+
+@remembered
+def _backward(x: Tensor, dx: Tensor | None, *values: Any) -> None:
+    """Serve ``backward``; values: every dy, every s, every projection's gradients, and its own."""
+    count = len(values) // (2 + len(Gradients._fields) + _FIELDS)
+    dys, ss = values[:count], values[count : 2 * count]
+    ends = len(values) - count * _FIELDS
+    gradients = [Gradients(*values[i : i + 4]) for i in range(2 * count, ends, 4)]
+    projections = _projections(values[ends:])
+    tile = _gradient_tile(dys, x, projections)
+    if count == 1 or dx is None or isinstance(tile, str):
         backward_each(single.lora_backward, dys, x, ss, projections, dx, gradients)
         return
-    dss = [torch.empty_like(s) for s in ss]
-    total = dx if count <= MOST else torch.zeros_like(dx, dtype=torch.float32)
-    part = dx if count <= MOST else torch.empty_like(total)
-    for first in range(0, count, MOST):
-        some = slice(first, first + MOST)
-        _gradient(part, *dys[some], *dss[some], *_flat(projections[some]))
-        if part is not total:
-            total += part
-    if total is not dx:
-        dx.copy_(total)
-    for dy, s, ds, each, wanted in zip(dys, ss, dss, projections, gradients, strict=True):
-        _factor_gradients(dy, x, s, ds, each.seed, each.dropout_p, *wanted[:3])
-        if wanted.dweight is not None:
-            torch.mm(dy.t(), x, out=wanted.dweight)
+    with torch.cuda.device_of(x):
+        dss = [torch.empty_like(s) for s in ss]
+        total = dx if count <= MOST else torch.zeros_like(dx, dtype=torch.float32)
+        part = dx if count <= MOST else torch.empty_like(total)
+        for first in range(0, count, MOST):
+            some = slice(first, first + MOST)
+            _launch_gradient(part, dys[some], dss[some], projections[some], tile)
+            if part is not total:
+                total += part
+        if total is not dx:
+            dx.copy_(total)
+        for dy, s, ds, each, wanted in zip(dys, ss, dss, projections, gradients, strict=True):
+            token_reduction(
+                Factor(x, ds, None if wanted.da is None else wanted.da.t()),
+                Factor(dy, s, wanted.db),
+                wanted.dbias,
+                tiles.reduction_tile(x.device, x.dtype, s.shape[1]),
+                seed=each.seed,
+                dropout_p=each.dropout_p,
+                precision=tiles.precision(x.dtype, x.device),
+            )
+            if wanted.dweight is not None:
+                torch.mm(dy.t(), x, out=wanted.dweight)
 
 
-def _flat(projections: Sequence[Projection]) -> list[Any]:
-    return [value for each in projections for value in each]
-
-
-def _unflat(values: Sequence[Any], others: int) -> tuple[list[list[Any]], list[Projection]]:
-    """Return ``others`` lists of tensors, one for each projection, and the projections."""
-    count = len(values) // (others + _WIDTH)
-    lists = [list(values[kind * count : (kind + 1) * count]) for kind in range(others)]
-    rest = values[others * count :]
-    return lists, [Projection(*rest[i * _WIDTH : (i + 1) * _WIDTH]) for i in range(count)]
+def _projections(values: Sequence[Any]) -> list[Projection]:
+    return [Projection(*values[i : i + _FIELDS]) for i in range(0, len(values), _FIELDS)]
 
 
 def _forward_tile(x: Tensor, projections: Sequence[Projection]) -> LoRATile | str:
@@ -118,12 +145,13 @@ def _gradient_tile(
     )
 
 
-@remembered
-def _forward(x: Tensor, *values: Any) -> None:
-    """Write every y and s in one launch; values: the y, the s, the projections."""
-    (ys, ss), projections = _unflat(values, 2)
-    tile = _forward_tile(x, projections)
-    assert isinstance(tile, LoRATile)
+def _launch_forward(
+    x: Tensor,
+    ys: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    projections: Sequence[Projection],
+    tile: LoRATile,
+) -> None:
     arguments = _arguments(x, projections, tile)
     ranks = [s.shape[1] for s in ss]
     common = projections_tiles.common_ranks(max(ranks), len(ranks))
@@ -135,75 +163,49 @@ def _forward(x: Tensor, *values: Any) -> None:
     biases = [each.bias for each in projections]
     # Never read where there is none, but a kernel argument has to be some pointer.
     some_bias = projections[0].lora_b
-    with torch.cuda.device_of(x):
-        launch(
-            projections_kernels._projections_kernel,
-            (min(num_m * (num_n + num_r), single._resident_programs(x.device)),),
-            **arguments,
-            **_four("y{}_ptr", ys),
-            **_four("s{}_ptr", ss),
-            **_four("bias{}_ptr", [some_bias if bias is None else bias for bias in biases]),
-            x_ptr=x,
-            stride_xm=x.stride(0),
-            counters_ptr=counters(x.device, 2 + num_m),
-            COMMON_R=common,
-            COLUMNS=common * triton.next_power_of_2(len(ranks)),
-            BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
-            EVEN_K=x.shape[1] % tile.block_k == 0,
-            M=x.shape[0],
-        )
+    launch(
+        projections_kernels._projections_kernel,
+        (min(num_m * (num_n + num_r), single._resident_programs(x.device)),),
+        **arguments,
+        **_four("y{}_ptr", ys),
+        **_four("s{}_ptr", ss),
+        **_four("bias{}_ptr", [some_bias if bias is None else bias for bias in biases]),
+        x_ptr=x,
+        stride_xm=x.stride(0),
+        counters_ptr=counters(x.device, 2 + num_m),
+        COMMON_R=common,
+        COLUMNS=common * triton.next_power_of_2(len(ranks)),
+        BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
+        EVEN_K=x.shape[1] % tile.block_k == 0,
+        M=x.shape[0],
+    )
 
 
-@remembered
-def _gradient(dx: Tensor, *values: Any) -> None:
-    """Write dx and every ds in one launch; values: the dy, the ds, the projections."""
-    (dys, dss), projections = _unflat(values, 2)
+def _launch_gradient(
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    projections: Sequence[Projection],
+    tile: LoRATile,
+) -> None:
     # dx may be wider than what is computed in.
-    tile = _gradient_tile(dys, dys[0], projections)
-    assert isinstance(tile, LoRATile)
     arguments = _arguments(dys[0], projections, tile)
     num_m = triton.cdiv(dx.shape[0], tile.block_m)
     num_k = triton.cdiv(dx.shape[1], tile.block_n)
     num_r = sum(triton.cdiv(ds.shape[1], arguments["BLOCK_R"]) for ds in dss)
-    with torch.cuda.device_of(dx):
-        launch(
-            projections_kernels._projections_gradient_kernel,
-            (min(num_m * (num_k + num_r), single._resident_programs(dx.device)),),
-            **arguments,
-            **_four("dy{}_ptr", dys),
-            **_four("ds{}_ptr", dss),
-            **_four("stride_dy{}", [dy.stride(0) for dy in dys]),
-            dx_ptr=dx,
-            counters_ptr=counters(dx.device, 2 + num_m),
-            GROUPS=len(dys),
-            EVEN_K=all(dy.shape[1] % tile.block_k == 0 for dy in dys),
-            M=dx.shape[0],
-        )
-
-
-@remembered
-def _factor_gradients(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    ds: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    da: Tensor | None,
-    db: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Write dA, dB and dbias of one projection in one launch."""
-    with torch.cuda.device_of(x):
-        token_reduction(
-            Factor(x, ds, None if da is None else da.t()),
-            Factor(dy, s, db),
-            dbias,
-            tiles.reduction_tile(x.device, x.dtype, s.shape[1]),
-            seed=seed,
-            dropout_p=dropout_p,
-            precision=tiles.precision(x.dtype, x.device),
-        )
+    launch(
+        projections_kernels._projections_gradient_kernel,
+        (min(num_m * (num_k + num_r), single._resident_programs(dx.device)),),
+        **arguments,
+        **_four("dy{}_ptr", dys),
+        **_four("ds{}_ptr", dss),
+        **_four("stride_dy{}", [dy.stride(0) for dy in dys]),
+        dx_ptr=dx,
+        counters_ptr=counters(dx.device, 2 + num_m),
+        GROUPS=len(dys),
+        EVEN_K=all(dy.shape[1] % tile.block_k == 0 for dy in dys),
+        M=dx.shape[0],
+    )
 
 
 def _arguments(like: Tensor, projections: Sequence[Projection], tile: LoRATile) -> dict[str, Any]:

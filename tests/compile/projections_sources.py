@@ -39,8 +39,8 @@ def source(
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "BLOCK_R": rank_block(rank), "GROUP_M": tile.group_m, "EVEN_K": not ragged,
-        "DROPOUT": direction in ("dropped", "masked"), "WEIGHT_ROWS": True, "SCALE_IS_POINTER": ragged,
-        "PRECISION": "tf32",
+        "DROPOUT": direction in ("dropped", "masked"), "WEIGHT_ROWS": True,
+        "SCALE_IS_POINTER": ragged, "PRECISION": "tf32",
     }  # fmt: skip
     if forward:
         types |= {"x_ptr": f"*{dtype}", "stride_xm": "i32"}

@@ -224,8 +224,8 @@ def compile_case(case: Case, family: str) -> Report:
     from peft_kernels.prefix import key_gradient_kernels, query_gradient_kernels
 
     homes = (
-        lora_kernels, tma_kernels, projections_kernels, adapter_kernels, reduction_kernels, prefix_kernels,
-        query_gradient_kernels, key_gradient_kernels,
+        lora_kernels, tma_kernels, projections_kernels, adapter_kernels, reduction_kernels,
+        prefix_kernels, query_gradient_kernels, key_gradient_kernels,
     )  # fmt: skip
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
