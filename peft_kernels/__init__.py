@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.embedding import lora_embedding
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
+    from peft_kernels.lora.projections import lora_projections
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
@@ -54,6 +55,7 @@ _HOMES = {
     "explain": "peft_kernels.core.backend",
     "lora_embedding": "peft_kernels.lora.embedding",
     "lora_linear": "peft_kernels.lora.op",
+    "lora_projections": "peft_kernels.lora.projections",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
@@ -83,6 +85,7 @@ __all__ = [
     "explain",
     "lora_embedding",
     "lora_linear",
+    "lora_projections",
     "prefix_attention",
     "prompt_embedding",
     "replace",

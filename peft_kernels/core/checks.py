@@ -151,16 +151,16 @@ def check_scale(name: str, value: object) -> float:
     return float(value)
 
 
-def check_seed(value: object, device: torch.device) -> Tensor:
+def check_seed(value: object, device: torch.device, name: str = "seed") -> Tensor:
     """Return ``value`` checked as a dropout seed: an int64 tensor of one element on ``device``."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"seed must be an int64 tensor of one element on {device}, got {describe(value)}; "
+            f"{name} must be an int64 tensor of one element on {device}, got {describe(value)}; "
             f"write torch.tensor([{value!r}], device={str(device)!r})"
         )
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
         raise ValueError(
-            f"seed must be an int64 tensor of one element on {device}, got {describe(value)}"
+            f"{name} must be an int64 tensor of one element on {device}, got {describe(value)}"
         )
     return value
 

@@ -35,13 +35,13 @@ class Drawing(threading.local):
 DRAWING = Drawing()
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Return a fresh dropout seed, int64 [1], from torch's generator of ``device``.
+def draw_seed(device: torch.device, count: int = 1) -> Tensor:
+    """Return fresh dropout seeds, int64 [count], from torch's generator of ``device``.
 
     Drawn on the device, so that ``torch.manual_seed``, checkpoint recomputation and CUDA graph
     replays give what they give for ``torch.nn.Dropout``, and nothing synchronises.
     """
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    seed = torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
     return seed if DRAWING.rule is None else DRAWING.rule(seed)
 
 

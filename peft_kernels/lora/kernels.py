@@ -124,18 +124,17 @@ def _store_tile(acc, y_ptr, bias_ptr, offs_m, offs_n, M, N, HAS_BIAS: tl.constex
 
 @triton.jit
 def _base_product(
-    x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_wn, stride_wk,
+    acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_wn, stride_wk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return x wᵀ of one tile, [BLOCK_M, BLOCK_N], in float32."""
+    """Return acc + x wᵀ of one tile, [BLOCK_M, BLOCK_N], in float32."""
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end wrap around: their sums are never stored.
     rows = (offs_m % M).to(tl.int64)
     columns = (offs_n % N).to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + columns[None, :] * stride_wn
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -181,8 +180,8 @@ def _lora_ticket_kernel(
             offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc = _base_product(
-                x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_wn, stride_wk,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_ptr, w_ptr, offs_m, offs_n, M, N, K,
+                stride_xm, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
             )  # fmt: skip
             while tl.atomic_add(flags_ptr + pid_m, 0, sem="acquire") < num_r:
                 pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ def lora_linear(
         >>> lora_linear(x, weight, lora_a, lora_b, scale=2.0).shape
         torch.Size([2, 5, 16])
     """
-    dtype, autocast = _check(x, weight, lora_a, lora_b, bias)
+    dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
     factor = checks.check_scale("scale", scale)
     probability = 0.0
     if training and dropout_p != 0.0:
@@ -160,58 +160,76 @@ def lora_linear(
         return apply(*arguments)
 
 
-def _check(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+class Names(NamedTuple):
+    """What the errors call the parameters of a projection."""
+
+    weight: str = "weight"
+    lora_a: str = "lora_a"
+    lora_b: str = "lora_b"
+    bias: str = "bias"
+
+
+_NAMES = Names()
+
+
+def check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    names: Names = _NAMES,
 ) -> tuple[torch.dtype, bool]:
     """Check the tensors of a call; return the dtype to compute in and whether autocast is on."""
     uniform = checks.uniform(x, weight, lora_a, lora_b, bias)
     if not uniform:
         checks.check_tensor("x", x)
-        checks.check_tensor("weight", weight)
-        checks.check_tensor("lora_a", lora_a)
-        checks.check_tensor("lora_b", lora_b)
+        checks.check_tensor(names.weight, weight)
+        checks.check_tensor(names.lora_a, lora_a)
+        checks.check_tensor(names.lora_b, lora_b)
         if bias is not None:
-            checks.check_tensor("bias", bias)
-    _check_shapes(x, weight, lora_a, lora_b, bias)
+            checks.check_tensor(names.bias, bias)
+    _check_shapes(x, weight, lora_a, lora_b, bias, names)
     autocast = checks.autocast_enabled(x.device)
     if uniform and not autocast:
         return x.dtype, False
-    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    named = dict(zip(names, (weight, lora_a, lora_b, bias), strict=True))
     checks.check_same_device(named, x.device)
-    return checks.compute_dtype(x, named, exact=("weight",)), autocast
+    return checks.compute_dtype(x, named, exact=(names.weight,)), autocast
 
 
 def _check_shapes(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, names: Names
 ) -> None:
     shape, weight_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
     if not shape:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     if not len(weight_shape) == len(a_shape) == len(b_shape) == 2:
-        checks.check_ndim("weight", weight, 2, "[N, K]")
-        checks.check_ndim("lora_a", lora_a, 2, "[r, K]")
-        checks.check_ndim("lora_b", lora_b, 2, "[N, r]")
+        checks.check_ndim(names.weight, weight, 2, "[N, K]")
+        checks.check_ndim(names.lora_a, lora_a, 2, "[r, K]")
+        checks.check_ndim(names.lora_b, lora_b, 2, "[N, r]")
     out_features, in_features = weight_shape
     rank, down_features = a_shape
     if shape[-1] != in_features:
         raise ValueError(
-            f"x must have shape [..., {in_features}] to fit weight {list(weight.shape)}, "
+            f"x must have shape [..., {in_features}] to fit {names.weight} {list(weight.shape)}, "
             f"got {list(x.shape)}"
         )
     if rank == 0:
-        raise ValueError("lora_a must have a rank of at least 1, got shape [0, K]")
+        raise ValueError(f"{names.lora_a} must have a rank of at least 1, got shape [0, K]")
     if down_features != in_features:
         raise ValueError(
-            f"lora_a must have shape [r, {in_features}] to fit weight {list(weight.shape)}, "
-            f"got {list(lora_a.shape)}"
+            f"{names.lora_a} must have shape [r, {in_features}] to fit {names.weight} "
+            f"{list(weight.shape)}, got {list(lora_a.shape)}"
         )
     if b_shape != (out_features, rank):
         raise ValueError(
-            f"lora_b must have shape [{out_features}, {rank}] to fit weight "
-            f"{list(weight.shape)} and lora_a {list(lora_a.shape)}, got {list(lora_b.shape)}"
+            f"{names.lora_b} must have shape [{out_features}, {rank}] to fit {names.weight} "
+            f"{list(weight.shape)} and {names.lora_a} {list(lora_a.shape)}, "
+            f"got {list(lora_b.shape)}"
         )
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+        raise ValueError(f"{names.bias} must have shape [{out_features}], got {list(bias.shape)}")
 
 
 def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str | None]:
@@ -220,7 +238,7 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     bound.apply_defaults()
     given = bound.arguments
     x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
-    dtype, _ = _check(x, weight, lora_a, given["lora_b"], given["bias"])
+    dtype, _ = check_tensors(x, weight, lora_a, given["lora_b"], given["bias"])
     checks.check_scale("scale", given["scale"])
     checks.check_probability("dropout_p", given["dropout_p"])
     backends.check_backend_name(given["backend"])

@@ -17,11 +17,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft_kernels.adapter import activations
-from peft_kernels.core import adapter_tiles, lora_tiles, prefix_tiles, tiles
-from tests.compile import adapter_sources, lora_sources, prefix_sources, reduction_sources
+from peft_kernels.core import adapter_tiles, lora_tiles, prefix_tiles, projections_tiles, tiles
+from tests.compile import (
+    adapter_sources,
+    lora_sources,
+    prefix_sources,
+    projections_sources,
+    reduction_sources,
+)
 from tests.compile.cross import Report, compile_for
 
-METHODS = ("lora", "adapter", "prefix", "prefix-complete")
+METHODS = ("lora", "projections", "adapter", "prefix", "prefix-complete")
 # Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
 _LAUNCHES = {
     "decode": (("forward", 0), ("forward", 1), ("backward", 0)),
@@ -90,6 +96,15 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
                 source = lora_sources.product(dtype, tile, rank, direction, dropout, even_k=False)
                 name += " masked in K"
                 yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+
+
+def _projections(family: str, dtype: str) -> Iterator[Case]:
+    for shape_class, direction, rank, tile in projections_tiles.projections_cases(family, dtype):
+        ragged = shape_class.startswith("unaligned")
+        source = projections_sources.source(dtype, tile, rank, direction, ragged=ragged)
+        name = f"{shape_class} {direction} r{rank} {tile}"
+        kernel = projections_sources.KERNELS[direction]
+        yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
 
 
 def _low_ranks(dtype: str) -> Iterator[Case]:
@@ -196,6 +211,8 @@ def cases(family: str, dtype: str, method: str) -> list[Case]:
     """
     if method.startswith("prefix"):
         return list(_prefixes(family, dtype, method == "prefix-complete"))
+    if method == "projections":
+        return list(_projections(family, dtype))
     if method == "adapter":
         return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
     return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(family, dtype)]
@@ -206,13 +223,13 @@ def compile_case(case: Case, family: str) -> Report:
     from peft_kernels.adapter import kernels as adapter_kernels
     from peft_kernels.core import reduction_kernels
     from peft_kernels.lora import kernels as lora_kernels
-    from peft_kernels.lora import tma_kernels
+    from peft_kernels.lora import projections_kernels, tma_kernels
     from peft_kernels.prefix import kernels as prefix_kernels
     from peft_kernels.prefix import key_gradient_kernels, query_gradient_kernels
 
     homes = (
-        lora_kernels, tma_kernels, adapter_kernels, reduction_kernels, prefix_kernels,
-        query_gradient_kernels, key_gradient_kernels,
+        lora_kernels, tma_kernels, projections_kernels, adapter_kernels, reduction_kernels,
+        prefix_kernels, query_gradient_kernels, key_gradient_kernels,
     )  # fmt: skip
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source

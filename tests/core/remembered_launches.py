@@ -102,6 +102,30 @@ def _lora() -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
         yield launch.lora_backward, (y, x, s, w, a, b, seed, scale, p, *rest)
 
 
+def _projections() -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+    from peft_kernels.lora import projections_launch
+
+    for m, ranks, ps, biased, scale in (
+        (40, (8, 16), (0.0, 0.0), (0, 1), 2.0), (40, (8, 16), (0.1, 0.1), (), 2.0),
+        (33, (8, 1, 40), (0.1, 0.0, 0.2), (1,), 2.0), (1, (4, 4, 4, 4), (0.0,) * 4, (), 2.0),
+        (40, (8,), (0.0,), (), 2.0), (40, (8,) * 6, (0.1,) * 6, (), 2.0),
+        (40, (8, 16), (0.0, 0.0), (), _tensor(1, kind=torch.float32)),
+    ):  # fmt: skip
+        x, projections, gradients = _tensor(m, 64), [], []
+        for index, (r, p) in enumerate(zip(ranks, ps, strict=True)):
+            bias = _tensor(48) if index in biased else None
+            seed = _tensor(1, offset=index, kind=torch.int64) if p else None
+            a, b = _tensor(r, 64), _tensor(48, r)
+            projections += [_tensor(48, 64), a, b, bias, seed, scale, p]
+            dbias = None if bias is None else torch.zeros_like(bias)
+            gradients += [torch.zeros_like(a), torch.zeros_like(b), dbias, None]
+        ss, ys = [_tensor(m, r) for r in ranks], [_tensor(m, 48) for _ in ranks]
+        yield projections_launch._forward, (x, *ys, *ss, *projections)
+        if len(ranks) <= projections_launch.MOST:  # more are added up, which is not remembered
+            dx = torch.zeros_like(x)
+            yield projections_launch._backward, (x, dx, *ys, *ss, *gradients, *projections)
+
+
 def _adapter() -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
     from peft_kernels.adapter import launch
 
@@ -167,6 +191,7 @@ def _prompt() -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
 CALLS = {
     "lora": _lora,
     "ticket_tma": _lora,
+    "projections": _projections,
     "adapter": _adapter,
     "prefix": _prefix,
     "prompt": _prompt,

@@ -1,0 +1,132 @@
+"""Which launches several LoRA projections of one x take: grouped ones, or one by one, and why.
+
+The tiles are LoRA's own (``lora_tiles``): a grouped launch runs the tile that its widest rank would
+take alone, by pointers, or a smaller one where that spills. Which is fastest was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from peft_kernels.core import lora_tiles, tiles
+from peft_kernels.core.lora_tiles import LoRATile, lora_tile
+
+MOST = 4  # projections of one launch
+
+
+def projections_tile(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    rank: int,
+    direction: str,
+    aligned: bool,
+    one_layout: bool,
+) -> LoRATile | str:
+    """Return the tile of a grouped launch, or why there is none.
+
+    Args:
+        device: where.
+        dtype: float32, float16 or bfloat16.
+        tokens: M.
+        rank: the largest r.
+        direction: "forward" or "backward", under dropout "dropped" or "masked".
+        aligned: whether sizes, strides and addresses allow unmasked asynchronous copies.
+        one_layout: whether all weights are row-major, or none is.
+    """
+    if not one_layout:
+        return "the weights are not all row-major"
+    onward = direction in ("forward", "dropped")
+    if onward and lora_tile(device, dtype, tokens, rank, direction, aligned).variant == (
+        "ticket_tma"
+    ):
+        return "TMA is faster one by one than pointers in one launch"
+    # dX of a few tokens takes the next larger tile: no tile that makes its own s has several.
+    tile = lora_tile(
+        device, dtype, tokens if onward else max(tokens, 17), rank, direction, aligned, tma=False
+    )
+    if tile.variant == "split":
+        return "the GEMM library multiplies exact float32"
+    if tile.variant == "recompute":
+        return "a few tokens make their own s"
+    if device.type != "cuda":
+        return tile
+    return grouped(tiles.family(device), direction, rank, tile)
+
+
+def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
+    """Return ``tile``, or a smaller one where the pointers of several projections make it spill."""
+    if direction == "backward" and (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 32):
+        return replace(tile, block_m=64, num_warps=4)  # float32
+    if direction == "backward" and tile.block_m == 64 and family in ("sm_100", "sm_120"):
+        return replace(tile, block_k=32)
+    if direction in ("forward", "dropped") and family == "sm_90" and tile.block_n == 256:
+        tile = replace(tile, block_n=128)
+    if direction == "dropped" and family == "sm_90" and rank > 16 and tile.block_m == 128:
+        tile = replace(tile, block_k=32)
+    return tile
+
+
+def projections_cases(family: str, dtype: str) -> Iterator[tuple[str, str, int, LoRATile]]:
+    """Yield (shape class, direction, rank, tile) of every grouped launch that can be chosen."""
+    for each, kind, shape_class, tile in lora_tiles.lora_cases():
+        if (each, kind) != (family, dtype) or tile.variant != "ticket":
+            continue
+        rank = 64 if shape_class.endswith("+") else 16
+        name = shape_class.removesuffix("+")
+        for direction in _DIRECTIONS[name]:
+            yield shape_class, direction, rank, grouped(family, direction, rank, tile)
+
+
+_DIRECTIONS = {
+    "small": ("forward", "dropped", "backward", "masked"),
+    "unaligned": ("forward", "dropped", "backward", "masked"),
+    "large": ("forward", "dropped"),
+    "backward": ("backward",),
+    "masked": ("masked",),
+}
+
+
+def common_ranks(rank: int, count: int) -> int:
+    """Return how many ranks of each projection the common product of s takes at a time.
+
+    At most 64 columns: more of them spill beside a tile. Every projection has as many.
+    """
+    return min(lora_tiles.rank_block(rank), 64 // (1 if count == 1 else 2 if count == 2 else 4))
+
+
+def projections_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    in_features: int,
+    out_features: tuple[int, ...],
+    ranks: tuple[int, ...],
+    dropout: tuple[bool, ...],
+    one_layout: bool,
+) -> str:
+    """Return how forward and backward run, for ``explain``."""
+    count = len(ranks)
+    if count == 1:
+        (width,), (rank,), (dropped,) = out_features, ranks, dropout
+        return lora_tiles.lora_plan(device, dtype, tokens, in_features, width, rank, dropped)
+    there, back = ("dropped", "masked") if any(dropout) else ("forward", "backward")
+    rank = max(ranks)
+    even = in_features % 64 == 0 and all(width % 16 == 0 for width in out_features)
+    forward = projections_tile(device, dtype, tokens, rank, there, even, one_layout)
+    even = in_features % 16 == 0 and all(width % 64 == 0 for width in out_features)
+    backward = projections_tile(device, dtype, tokens, rank, back, even, one_layout)
+    return (
+        f"forward {_launches(forward, count)}; dX {_launches(backward, count)}; "
+        f"dA, dB, dbias one by one"
+    )
+
+
+def _launches(tile: LoRATile | str, count: int) -> str:
+    if isinstance(tile, str):
+        return f"one by one: {tile}"
+    launches = -(-count // MOST)
+    return f"{tile}, {launches} launch{'es' if launches > 1 else ''} for {count} projections"
