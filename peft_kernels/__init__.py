@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.layer import LoRALinear
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
+    from peft_kernels.models.checkpoint import load_adapter, save_adapter
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
     from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
@@ -46,10 +47,12 @@ _HOMES = {
     "attach_prefixes": "peft_kernels.models.transformers_bridge",
     "detach_prefixes": "peft_kernels.models.transformers_bridge",
     "explain": "peft_kernels.core.backend",
+    "load_adapter": "peft_kernels.models.checkpoint",
     "lora_linear": "peft_kernels.lora.op",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
+    "save_adapter": "peft_kernels.models.checkpoint",
     "unaccelerate": "peft_kernels.models.accelerate",
 }
 
@@ -71,10 +74,12 @@ __all__ = [
     "attach_prefixes",
     "detach_prefixes",
     "explain",
+    "load_adapter",
     "lora_linear",
     "prefix_attention",
     "prompt_embedding",
     "replace",
+    "save_adapter",
     "unaccelerate",
 ]
 

@@ -1,0 +1,105 @@
+"""``save_adapter`` and ``load_adapter``: what was trained, in the formats that others load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peft_kernels.models import checkpoint_files as files
+from peft_kernels.models import checkpoint_lora
+from peft_kernels.models.base_names import unwrapped
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> list[str]:
+    """Write the adapter of a model whose layers are this package's, for peft to load.
+
+    ``LoRALinear`` layers become ``adapter_config.json`` and ``adapter_model.safetensors``, which
+    ``PeftModel.from_pretrained(base, folder)`` reads: factors, ranks and scalings. Nothing of the
+    base model is written. A kill at any moment leaves the old adapter in ``folder`` whole, or the
+    new one; other files in it stay.
+
+    Where torch.distributed runs, call it in every process: shards are gathered, and the first
+    process writes.
+
+    Args:
+        model: the model, or one of torch's wrappers around it (DDP, ``torch.compile``).
+        folder: made where it does not exist.
+        base_model: path or name of the model below, for who loads the adapter without it; None
+            takes transformers' ``model.config._name_or_path``.
+        task_type: peft's, for instance "CAUSAL_LM".
+
+    Returns:
+        The names of the layers, in the model as it was before they were placed.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no layers of this package, or what the format cannot say.
+        OSError: the folder cannot be written, or not in one step.
+
+    Example:
+        >>> import copy, tempfile, torch
+        >>> from peft_kernels import LoRALinear, load_adapter, replace, save_adapter
+        >>> base = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
+        >>> other = copy.deepcopy(base)
+        >>> replace(base, "1", lambda old: LoRALinear.from_linear(old, r=4, lora_alpha=8))
+        ['1']
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapter(base, folder)
+        ...     load_adapter(other, folder)
+        ['1']
+    """
+    _check_module(model)
+    inner = unwrapped(model)
+    if base_model is None:
+        base_model = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
+    if not checkpoint_lora.layers(inner):
+        raise ValueError(
+            "model has no layers of peft_kernels: place some, for instance by peft_kernels.replace "
+            "with LoRALinear.from_linear; what peft made is saved by its own save_pretrained"
+        )
+    return checkpoint_lora.save(inner, Path(folder), base_model, task_type)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Read an adapter that ``save_adapter`` or peft wrote into a model, in place.
+
+    Of a LoRA adapter, the layers that it names are replaced by ``LoRALinear``, or filled where they
+    are ``LoRALinear`` already; they take rank, scaling and dropout from the folder. Everything is
+    checked before anything is changed. Factors keep the wider of the file's dtype and the layer's.
+
+    Args:
+        model: the model that the adapter was trained on, plain or with such layers.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        TypeError: not a module.
+        FileNotFoundError: a file is missing.
+        ValueError: an unknown kind of adapter, settings that no layer here computes (DoRA, biases,
+            ``modules_to_save``), missing, surplus or misshapen tensors, tensors as a pickle.
+    """
+    _check_module(model)
+    path = Path(folder)
+    settings = files.read_settings(path)
+    kind: Any = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{path / files.SETTINGS} has peft_type={kind!r}, which has no layer here: LORA has"
+        )
+    return checkpoint_lora.load(model, path, settings)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
