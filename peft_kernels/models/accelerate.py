@@ -37,16 +37,17 @@ class AccelerationReport:
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     """Let the adapter layers of a model run on fused kernels, in place.
 
-    Takes what peft (0.18 or later) built. Nothing is added to the model: parameters, ``state_dict``
-    keys, optimisers and hooks stay as they are, and what peft does afterwards (``set_adapter``,
-    ``add_adapter``, ``delete_adapter``, ``merge_and_unload``, ``save_pretrained``) works as before.
+    Takes what peft (0.18 or later) built, and the bottlenecks of adapters. Nothing is added to the
+    model: parameters, ``state_dict`` keys, optimisers and hooks stay as they are, and what peft
+    does afterwards (``set_adapter``, ``add_adapter``, ``delete_adapter``, ``merge_and_unload``,
+    ``save_pretrained``) works as before, as does what adapters does.
     A layer decides at each call: while it is merged, disabled, hooked, given several adapters for
     one batch, or has parameters that its method's kernel cannot take, it runs its own forward.
 
     Calling it again takes in what was added since, and changes nothing else.
 
     Args:
-        model: a ``PeftModel``, or any module that contains layers made by peft.
+        model: a ``PeftModel``, or any module that contains layers made by peft or adapters.
         strict: raise where a layer would be skipped, and change nothing.
 
     Returns:
@@ -72,7 +73,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     found = _find(model)
     if not found:
         raise ValueError(
-            "model has no adapter layer that peft made: add one first, for instance by "
+            "model has no adapter layer that peft or adapters made: add one first, for instance by "
             "peft.get_peft_model(model, LoraConfig(...)), or place layers of peft_kernels by "
             "peft_kernels.replace"
         )
@@ -88,7 +89,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     for each in taken:
         assert each.fused is not None
         if type(each.module) is not each.fused:
-            fuse(each.module, each.fused)
+            fuse(each.module, each.fused, each.holder)
     return AccelerationReport(tuple((each.name, each.op) for each in taken), skipped)
 
 
@@ -118,6 +119,11 @@ def _find(model: nn.Module) -> list[Found]:
         from peft_kernels.models import peft_layers
 
         found += peft_layers.find(model)
+    # What adapters built has imported its bottlenecks; "adapters" alone may be anybody's.
+    if "adapters.methods.bottleneck" in sys.modules:
+        from peft_kernels.models import adapters_bottleneck
+
+        found += adapters_bottleneck.find(model)
     return found
 
 

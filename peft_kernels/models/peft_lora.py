@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.lora.op import lora_linear
 from peft_kernels.models.found import PLAIN
+from peft_kernels.models.found import hooked as _hooked
 
 _BASES = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -102,17 +103,6 @@ class FusedLinear(lora.Linear):
 
 
 setattr(FusedLinear, PLAIN, lora.Linear)
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Return whether calling ``module`` does more than its class's forward."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _dropout_p(dropout: nn.Module) -> float:
