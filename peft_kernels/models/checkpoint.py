@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.models import checkpoint_bottleneck, checkpoint_lora
 from peft_kernels.models import checkpoint_files as files
-from peft_kernels.models import checkpoint_lora
 from peft_kernels.models.base_names import unwrapped
 
 
@@ -20,12 +20,18 @@ def save_adapter(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> list[str]:
-    """Write the adapter of a model whose layers are this package's, for peft to load.
+    """Write the adapter of a model whose layers are this package's, for others to load.
 
-    ``LoRALinear`` layers become ``adapter_config.json`` and ``adapter_model.safetensors``, which
-    ``PeftModel.from_pretrained(base, folder)`` reads: factors, ranks and scalings. Nothing of the
-    base model is written. A kill at any moment leaves the old adapter in ``folder`` whole, or the
-    new one; other files in it stay.
+    - ``LoRALinear`` layers become what ``PeftModel.from_pretrained(base, folder)`` of peft reads:
+      factors, ranks and scalings in ``adapter_config.json`` and ``adapter_model.safetensors``.
+    - The adapters of ``add_adapters`` become what ``load_adapter(folder, use_safetensors=True)``
+      of adapters reads, ``adapter_config.json`` and ``adapter.safetensors``, where that has the
+      same: behind the ``output.dense`` and ``attention.output.dense`` of BERT and its kin, or the
+      ``mlp.down_proj`` and ``self_attn.o_proj`` of a Llama; sequential, with one set of options
+      for all layers.
+
+    Nothing of the base model is written. A kill at any moment leaves the old adapter in ``folder``
+    whole, or the new one; other files in it stay.
 
     Where torch.distributed runs, call it in every process: shards are gathered, and the first
     process writes.
@@ -42,7 +48,7 @@ def save_adapter(
 
     Raises:
         TypeError: not a module.
-        ValueError: no layers of this package, or what the format cannot say.
+        ValueError: no layers of this package, layers of both kinds, or what the format cannot say.
         OSError: the folder cannot be written, or not in one step.
 
     Example:
@@ -61,24 +67,34 @@ def save_adapter(
     inner = unwrapped(model)
     if base_model is None:
         base_model = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
-    if not checkpoint_lora.layers(inner):
+    lora, bottlenecks = checkpoint_lora.layers(inner), checkpoint_bottleneck.layers(inner)
+    if lora and bottlenecks:
         raise ValueError(
-            "model has no layers of peft_kernels: place some, for instance by peft_kernels.replace "
-            "with LoRALinear.from_linear; what peft made is saved by its own save_pretrained"
+            f"model has LoRALinear layers ({lora[0].name}) and adapters ({bottlenecks[0].name}): "
+            f"no format has both"
         )
-    return checkpoint_lora.save(inner, Path(folder), base_model, task_type)
+    if lora:
+        return checkpoint_lora.save(inner, Path(folder), base_model, task_type)
+    if bottlenecks:
+        return checkpoint_bottleneck.save(inner, Path(folder), base_model)
+    raise ValueError(
+        "model has no layers of peft_kernels: place some, for instance by peft_kernels.replace "
+        "with LoRALinear.from_linear; what peft made is saved by its own save_pretrained"
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Read an adapter that ``save_adapter`` or peft wrote into a model, in place.
+    """Read an adapter that ``save_adapter``, peft or adapters wrote into a model, in place.
 
-    Of a LoRA adapter, the layers that it names are replaced by ``LoRALinear``, or filled where they
-    are ``LoRALinear`` already; they take rank, scaling and dropout from the folder. Everything is
-    checked before anything is changed. Factors keep the wider of the file's dtype and the layer's.
+    Of a LoRA adapter, the layers that it names are replaced by ``LoRALinear``; of a bottleneck
+    adapter, they are wrapped as ``AdaptedModule``. Where they are that already, they are filled.
+    Options that are numbers (scaling, dropout) come from the folder. Everything is checked before
+    anything is changed. New parameters have the wider of the file's dtype and the layer's.
 
     Args:
         model: the model that the adapter was trained on, plain or with such layers.
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or adapters'
+            ``adapter.safetensors``.
 
     Returns:
         The names of the layers.
@@ -87,17 +103,20 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         TypeError: not a module.
         FileNotFoundError: a file is missing.
         ValueError: an unknown kind of adapter, settings that no layer here computes (DoRA, biases,
-            ``modules_to_save``), missing, surplus or misshapen tensors, tensors as a pickle.
+            ``modules_to_save``; gates), missing, surplus or misshapen tensors, tensors as a pickle.
     """
     _check_module(model)
     path = Path(folder)
     settings = files.read_settings(path)
     kind: Any = settings.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(
-            f"{path / files.SETTINGS} has peft_type={kind!r}, which has no layer here: LORA has"
-        )
-    return checkpoint_lora.load(model, path, settings)
+    if kind == "LORA":
+        return checkpoint_lora.load(model, path, settings)
+    if kind is None and isinstance(settings.get("config"), dict):
+        return checkpoint_bottleneck.load(unwrapped(model), path, settings)
+    raise ValueError(
+        f"{path / files.SETTINGS} has peft_type={kind!r}, which has no layer here: LORA has, and "
+        f"the bottlenecks of adapters"
+    )
 
 
 def _check_module(model: object) -> None:

@@ -36,10 +36,11 @@ def write(folder: Path, name: str, settings: Mapping[str, Any], tensors: dict[st
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a parameter's values on the CPU, all shards of them."""
+    """Return a copy of a parameter's values on the CPU, all shards of them."""
     full = getattr(tensor, "full_tensor", None)
     values = tensor if full is None else full()
-    return values.detach().cpu().contiguous()
+    # Of a copy each: safetensors refuses two names for one memory.
+    return values.detach().to("cpu", copy=True).contiguous()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

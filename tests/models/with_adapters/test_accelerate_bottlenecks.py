@@ -267,19 +267,26 @@ def test_one_batch_for_two_adapters_one_of_them_gated(
         assert len(fused_calls) == (2 if second else 4)
 
 
-@pytest.mark.parametrize("scaling", [2.0, "learned"])
-@pytest.mark.parametrize("kind", MODELS)
+AUTOCAST: dict[str, tuple[str, dict[str, Any], int]] = {
+    "bert": ("bert", {"scaling": 2.0}, 2),
+    "llama": ("llama", {"scaling": 2.0}, 2),
+    # A learned scale is float32: eager PyTorch multiplies in float32 then.
+    "learned": ("llama", {"scaling": "learned"}, 0),
+    "wider residual": ("bert", {"original_ln_before": True, "residual_before_ln": False}, 2),
+}
+
+
+@pytest.mark.parametrize("kind,options,calls", AUTOCAST.values(), ids=list(AUTOCAST))
 def test_autocast_gives_the_same_dtypes(
-    kind: str, scaling: Any, fused_calls: list[dict[str, Any]]
+    kind: str, options: dict[str, Any], calls: int, fused_calls: list[dict[str, Any]]
 ) -> None:
-    model = _built(kind, _bottleneck(scaling=scaling))
+    model = _built(kind, _bottleneck(**options))
     plain = copy.deepcopy(model)
     exact = _results(kind, copy.deepcopy(model).double())
     accelerate(model, strict=True)
     with torch.autocast("cpu", torch.bfloat16):
         actual, eager = _results(kind, model), _results(kind, plain)
-    # A learned scale is float32: eager PyTorch multiplies in float32 then.
-    assert len(fused_calls) == (2 if scaling == 2.0 else 0)
+    assert len(fused_calls) == calls
     for name, value in exact.items():
         assert actual[name].dtype == eager[name].dtype, name
         unit = torch.finfo(torch.bfloat16).eps / 2 * value.abs().max()
