@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peft_kernels.models import checkpoint_bottleneck, checkpoint_lora
+from peft_kernels.models import checkpoint_bottleneck, checkpoint_lora, checkpoint_prompt
 from peft_kernels.models import checkpoint_files as files
 from peft_kernels.models.base_names import unwrapped
+
+_OF_PEFT: dict[str, Callable[..., list[str]]] = {
+    "LORA": checkpoint_lora.load,
+    "PREFIX_TUNING": checkpoint_prompt.load_prefixes,
+    "PROMPT_TUNING": checkpoint_prompt.load_prompt,
+    # Its MLP is not in the file, what it gives is.
+    "P_TUNING": checkpoint_prompt.load_prompt,
+}
 
 
 def save_adapter(
@@ -30,6 +39,10 @@ def save_adapter(
       ``mlp.down_proj`` and ``self_attn.o_proj`` of a Llama; sequential, with one set of options
       for all layers.
 
+    - A ``PromptEmbedding`` at the start, and prefixes that ``attach_prefixes`` gave to every layer
+      with ``shift_positions=True`` and without gates, become peft's PROMPT_TUNING and
+      PREFIX_TUNING, MLPs folded into what they give.
+
     Nothing of the base model is written. A kill at any moment leaves the old adapter in ``folder``
     whole, or the new one; other files in it stay.
 
@@ -41,7 +54,7 @@ def save_adapter(
         folder: made where it does not exist.
         base_model: path or name of the model below, for who loads the adapter without it; None
             takes transformers' ``model.config._name_or_path``.
-        task_type: peft's, for instance "CAUSAL_LM".
+        task_type: peft's, for instance "CAUSAL_LM"; prompts and prefixes need it.
 
     Returns:
         The names of the layers, in the model as it was before they were placed.
@@ -67,20 +80,24 @@ def save_adapter(
     inner = unwrapped(model)
     if base_model is None:
         base_model = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
-    lora, bottlenecks = checkpoint_lora.layers(inner), checkpoint_bottleneck.layers(inner)
-    if lora and bottlenecks:
+    kinds: dict[str, Callable[..., list[str]]] = {}
+    for held, name, save in (
+        (checkpoint_lora.layers(inner), "LoRALinear layers", checkpoint_lora.save),
+        (checkpoint_bottleneck.layers(inner), "adapters", checkpoint_bottleneck.save),
+        (checkpoint_prompt.prompts(inner), "a prompt", checkpoint_prompt.save_prompt),
+        (checkpoint_prompt.prefixes(inner), "prefixes", checkpoint_prompt.save_prefixes),
+    ):
+        if held:
+            kinds[f"{name} ({held[0].name or 'itself'})"] = save
+    if not kinds:
         raise ValueError(
-            f"model has LoRALinear layers ({lora[0].name}) and adapters ({bottlenecks[0].name}): "
-            f"no format has both"
+            "model has no layers of peft_kernels: place some, for instance by peft_kernels.replace "
+            "with LoRALinear.from_linear; what peft made is saved by its own save_pretrained"
         )
-    if lora:
-        return checkpoint_lora.save(inner, Path(folder), base_model, task_type)
-    if bottlenecks:
-        return checkpoint_bottleneck.save(inner, Path(folder), base_model)
-    raise ValueError(
-        "model has no layers of peft_kernels: place some, for instance by peft_kernels.replace "
-        "with LoRALinear.from_linear; what peft made is saved by its own save_pretrained"
-    )
+    if len(kinds) > 1:
+        raise ValueError(f"model has {' and '.join(kinds)}: no format has more than one kind")
+    (save,) = kinds.values()
+    return save(inner, Path(folder), base_model, task_type)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -88,6 +105,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
     Of a LoRA adapter, the layers that it names are replaced by ``LoRALinear``; of a bottleneck
     adapter, they are wrapped as ``AdaptedModule``. Where they are that already, they are filled.
+    Prefixes are attached, or filled where there are some; a prompt fills the ``PromptEmbedding``
+    that the model has, or is.
     Options that are numbers (scaling, dropout) come from the folder. Everything is checked before
     anything is changed. New parameters have the wider of the file's dtype and the layer's.
 
@@ -109,14 +128,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     path = Path(folder)
     settings = files.read_settings(path)
     kind: Any = settings.get("peft_type")
-    if kind == "LORA":
-        return checkpoint_lora.load(model, path, settings)
     if kind is None and isinstance(settings.get("config"), dict):
-        return checkpoint_bottleneck.load(unwrapped(model), path, settings)
-    raise ValueError(
-        f"{path / files.SETTINGS} has peft_type={kind!r}, which has no layer here: LORA has, and "
-        f"the bottlenecks of adapters"
-    )
+        load = checkpoint_bottleneck.load
+    elif isinstance(kind, str) and kind in _OF_PEFT:
+        load = _OF_PEFT[kind]
+    else:
+        raise ValueError(
+            f"{path / files.SETTINGS} has peft_type={kind!r}, which has no layer here: "
+            f"{', '.join(_OF_PEFT)} have, and the bottlenecks of adapters"
+        )
+    return load(unwrapped(model), path, settings)
 
 
 def _check_module(model: object) -> None:

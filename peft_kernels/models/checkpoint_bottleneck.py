@@ -7,16 +7,17 @@ the output of the layer, before the model adds its own residual.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels.adapter.layer import Adapter
+from peft_kernels.models import adapters_format
 from peft_kernels.models import checkpoint_files as files
+from peft_kernels.models.adapters_format import Place, place_of
 from peft_kernels.models.base_names import Based, based_modules
 from peft_kernels.models.placement import AdaptedModule
 from peft_kernels.models.replace import replace_named
@@ -24,63 +25,23 @@ from peft_kernels.models.replace import replace_named
 NAME = "default"
 _VERSION = "adapters.1.3.0"
 
-# Of the plain model: what is adapted, the part of it that is on loading, adapters' layer, its
-# switch. BERT's layers adapt what their dropout returns, a Llama's what attention and MLP do.
-_PLACES = (
-    (r"(?P<layer>(?:.*\.)?layer\.(?P<index>\d+)\.attention\.output)\.(?:dense|dropout)",
-     "dropout", "{}", "mh_adapter"),
-    (r"(?P<layer>(?:.*\.)?layer\.(?P<index>\d+)\.output)\.(?:dense|dropout)",
-     "dropout", "{}", "output_adapter"),
-    (r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+))\.self_attn(?:\.o_proj)?",
-     "self_attn.o_proj", "{}.attention_adapters", "mh_adapter"),
-    (r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+))\.mlp(?:\.down_proj)?",
-     "mlp.down_proj", "{}.output_adapters", "output_adapter"),
-)  # fmt: skip
-_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "identity": "linear",
-    "leaky_relu": "leakyrelu", "mish": "mish", "quick_gelu": "quick_gelu", "relu": "relu",
-    "relu6": "relu6", "sigmoid": "sigmoid", "silu": "swish", "tanh": "tanh",
-}  # fmt: skip
-_OF_ADAPTERS = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {
-    "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "leaky_relu": "leaky_relu", "silu": "silu",
-}  # fmt: skip
-
-# What an AdaptedModule is, in adapters' words; other values are refused.
-_FIXED: dict[str, Any] = {
-    "cross_adapter": False, "inv_adapter": None, "is_parallel": False, "original_ln_after": True,
-    "original_ln_before": False, "phm_layer": False, "stochastic_depth": 0.0, "use_gating": False,
-}  # fmt: skip
-
-
-class _Place(NamedTuple):
-    """Where adapters keeps a bottleneck: key, number of the layer, switch, what is wrapped."""
-
-    key: str
-    number: str
-    switch: str
-    wrapped: str
-
-
-def _place(name: str) -> _Place | None:
-    for pattern, wrapped, key, switch in _PLACES:
-        found = re.fullmatch(pattern, name)
-        if found is not None:
-            layer = found["layer"]
-            return _Place(key.format(layer), found["index"], switch, f"{layer}.{wrapped}")
-    return None
-
 
 def layers(model: nn.Module) -> list[Based]:
     """Return the adapted modules of a model."""
     return [each for each in based_modules(model) if isinstance(each.module, AdaptedModule)]
 
 
-def save(model: nn.Module, folder: Path, base_model: str | None) -> list[str]:
-    """Write the bottlenecks of ``model`` as adapters does; return the names of what they adapt."""
+def save(
+    model: nn.Module, folder: Path, base_model: str | None, task_type: str | None
+) -> list[str]:
+    """Write the bottlenecks of ``model`` as adapters does; return the names of what they adapt.
+
+    adapters' settings say nothing of the task.
+    """
     found: dict[str, Adapter] = {}
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     for name, _, module in layers(model):
-        place = _place(name)
+        place = place_of(name)
         if place is None:
             raise ValueError(
                 f"adapters has no layer for an adapter on {name!r}: it has those on BERT's "
@@ -98,7 +59,7 @@ def save(model: nn.Module, folder: Path, base_model: str | None) -> list[str]:
                 f"adapters puts the same bottlenecks into each layer that has some: {switch} is "
                 f"missing in layer {index}"
             )
-    settings = _FIXED | options | {
+    settings = adapters_format.FIXED | options | {
         switch: any(each == switch for each, _ in switches)
         for switch in ("mh_adapter", "output_adapter")
     }  # fmt: skip
@@ -121,7 +82,7 @@ def save(model: nn.Module, folder: Path, base_model: str | None) -> list[str]:
 
 def _indices(model: nn.Module) -> set[str]:
     """Return the numbers of the layers that could be adapted."""
-    places = (_place(each.name) for each in based_modules(model))
+    places = (place_of(each.name) for each in based_modules(model))
     return {place.number for place in places if place is not None}
 
 
@@ -140,7 +101,7 @@ def _options(name: str, layer: Adapter) -> dict[str, Any]:
         "init_weights": layer.init,
         "ln_after": layer.norm_after is not None,
         "ln_before": layer.norm_before is not None,
-        "non_linearity": _ACTIVATIONS[layer.activation],
+        "non_linearity": adapters_format.ACTIVATIONS[layer.activation],
         "reduction_factor": _reduction(layer.d_model, layer.bottleneck),
         "residual_before_ln": True,
         "scaling": _scaling(layer.scale),
@@ -194,10 +155,10 @@ def _tensors(place: str, name: str, layer: Adapter) -> list[tuple[str, Tensor]]:
 
 def load(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """Read what ``save`` or adapters wrote into ``model``; return the names of what is adapted."""
-    options = _checked(settings)
+    options = adapters_format.checked(settings)
     targets: dict[str, Based] = {}
     for each in based_modules(model):
-        place = _place(each.name)
+        place = place_of(each.name)
         wanted = (
             place is not None
             and options[place.switch]
@@ -270,7 +231,8 @@ def _adapter(
         for key in ("ln_after", "ln_before", "non_linearity", "scaling"):
             theirs = options[key]
             same = own[key] == theirs or (
-                key == "non_linearity" and _OF_ADAPTERS.get(theirs) == layer.activation
+                key == "non_linearity"
+                and adapters_format.OF_ADAPTERS.get(theirs) == layer.activation
             )
             if not same:
                 raise ValueError(
@@ -285,46 +247,7 @@ def _adapter(
         raise ValueError(f"{target.name!r} is on the meta device: load or initialise it first")
     return Adapter(
         width, reduction_factor=options["reduction_factor"],
-        activation=_OF_ADAPTERS[options["non_linearity"]], scale=options["scaling"],
+        activation=adapters_format.OF_ADAPTERS[options["non_linearity"]], scale=options["scaling"],
         dropout=options["dropout"], layer_norm_before=options["ln_before"],
         layer_norm_after=options["ln_after"], device=weight.device, dtype=weight.dtype,
     )  # fmt: skip
-
-
-def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of adapters' settings, as far as an ``AdaptedModule`` has them.
-
-    Raises:
-        ValueError: others, all listed.
-    """
-    given = files.option(settings, "config", (dict,), {})
-    odd = {k: given.get(k, v) for k, v in _FIXED.items() if given.get(k, v) != v}
-    if given.get("architecture") is not None:
-        odd["architecture"] = given["architecture"]
-    if given.get("non_linearity") not in _OF_ADAPTERS:
-        odd["non_linearity"] = given.get("non_linearity")
-    if given.get("residual_before_ln") not in (True, False):
-        odd["residual_before_ln"] = given.get("residual_before_ln")
-    if given.get("ln_after") and not given.get("adapter_residual_before_ln"):
-        odd["adapter_residual_before_ln"] = given.get("adapter_residual_before_ln")
-    if not isinstance(given.get("reduction_factor"), (int, float)):
-        odd["reduction_factor"] = given.get("reduction_factor")
-    if not str(settings.get("version", "")).startswith("adapters."):
-        odd["version"] = settings.get("version")
-    if odd:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(odd.items()))
-        raise ValueError(
-            f"{files.SETTINGS}: an AdaptedModule has no {listed}; load the adapter with adapters "
-            f"and call peft_kernels.accelerate on the model"
-        )
-    return {
-        "dropout": files.option(given, "dropout", (int, float), 0.0),
-        "leave_out": files.option(given, "leave_out", (list,), []),
-        "ln_after": files.option(given, "ln_after", (bool,), False),
-        "ln_before": files.option(given, "ln_before", (bool,), False),
-        "mh_adapter": files.option(given, "mh_adapter", (bool,), False),
-        "non_linearity": given["non_linearity"],
-        "output_adapter": files.option(given, "output_adapter", (bool,), False),
-        "reduction_factor": given["reduction_factor"],
-        "scaling": files.option(given, "scaling", (int, float, str), 1.0),
-    }

@@ -145,14 +145,15 @@ def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path) -> None:
     model = llama()
     names = _lora(model, "q_proj")
     model.model.layers[0] = torch.compile(model.model.layers[0])
-    add_adapters(model, "layers.1.self_attn.q_proj")
     assert save_adapter(torch.compile(model), tmp_path) == names
     assert set(load_file(tmp_path / TENSORS)) == {
         f"base_model.model.{name}.lora_{k}.weight" for name in names for k in "AB"
     }
     other = torch.compile(llama())
+    add_adapters(other, "layers.1.self_attn.q_proj")
     assert load_adapter(other, tmp_path) == names
     assert isinstance(other.model.layers[0].self_attn.q_proj, LoRALinear)
+    assert isinstance(other.model.layers[1].self_attn.q_proj.module, LoRALinear)
 
 
 def test_dtypes_are_kept_and_widened_to_the_layer(tmp_path: Path) -> None:

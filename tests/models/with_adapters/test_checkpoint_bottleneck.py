@@ -198,6 +198,6 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one non_linearity for all layers"):
         save_adapter(model, tmp_path)
     replace(model, "q_proj", lambda old: LoRALinear.from_linear(old, r=2, lora_alpha=2))
-    with pytest.raises(ValueError, match="no format has both"):
+    with pytest.raises(ValueError, match="no format has more than one kind"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
