@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +326,49 @@ def test_the_base_model_is_named(tmp_path: Path) -> None:
     assert json.loads((tmp_path / SETTINGS).read_text())["base_model_name_or_path"] == (
         "someone/model"
     )
+
+
+_SHARDED = """
+import sys
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from peft_kernels import LoRALinear, replace, save_adapter
+
+distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+replace(model, ["0", "1"], lambda old: LoRALinear.from_linear(old, r=3, lora_alpha=6))
+for layer in model:
+    nn.init.normal_(layer.lora_B)
+whole = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+if distributed.get_rank() == 0:
+    torch.save(whole, sys.argv[2])
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+fully_shard(model, mesh=mesh)
+assert model[0].lora_A.to_local().shape != model[0].lora_A.shape
+save_adapter(model, sys.argv[1])
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+def test_shards_of_two_processes_become_one_file(tmp_path: Path) -> None:
+    script, folder, whole = tmp_path / "script.py", tmp_path / "adapter", tmp_path / "whole"
+    script.write_text(_SHARDED)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), str(folder), str(whole)],
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = {
+        f"base_model.model.{name}.weight": value
+        for name, value in torch.load(whole, weights_only=True).items()
+    }
+    saved = load_file(folder / TENSORS)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
+    assert sorted(os.listdir(folder)) == [SETTINGS, TENSORS]
