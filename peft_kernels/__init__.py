@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.lora.projections import lora_projections
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
+    from peft_kernels.models.checkpoint import load_adapter, save_adapter
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
     from peft_kernels.models.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
@@ -54,11 +55,13 @@ _HOMES = {
     "dora_linear": "peft_kernels.lora.dora",
     "explain": "peft_kernels.core.backend",
     "lora_embedding": "peft_kernels.lora.embedding",
+    "load_adapter": "peft_kernels.models.checkpoint",
     "lora_linear": "peft_kernels.lora.op",
     "lora_projections": "peft_kernels.lora.projections",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
+    "save_adapter": "peft_kernels.models.checkpoint",
     "unaccelerate": "peft_kernels.models.accelerate",
 }
 
@@ -83,12 +86,14 @@ __all__ = [
     "detach_prefixes",
     "dora_linear",
     "explain",
+    "load_adapter",
     "lora_embedding",
     "lora_linear",
     "lora_projections",
     "prefix_attention",
     "prompt_embedding",
     "replace",
+    "save_adapter",
     "unaccelerate",
 ]
 

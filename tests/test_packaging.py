@@ -18,6 +18,7 @@ import peft_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 INHERITED = {"ARGS", "JOBS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTHON", "VENV"}
+INHERITED |= {"VENV_ADAPTERS"}
 PREPARED = ("demo", "test", "lint", "bench")
 
 
@@ -69,7 +70,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     always = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert sorted(always) == ["torch>=2.10", 'triton; sys_platform == "linux"']
-    assert {"bench", "demo", "dev", "hf"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"adapters", "bench", "demo", "dev", "hf"} <= set(metadata.get_all("Provides-Extra", []))
     assert any(each.endswith("/licenses/LICENSE") for each in archive.namelist())
 
 
@@ -109,6 +110,8 @@ def ready(tmp_path: Path) -> Path:
     (venv / "bin").mkdir(parents=True)
     (venv / ".tools").touch()
     (venv / ".ready").touch()
+    (tmp_path / "venv-adapters").mkdir()
+    (tmp_path / "venv-adapters" / ".ready").touch()
     return venv
 
 
@@ -141,6 +144,22 @@ class TestMakefile:
         plan = make("test", f"VENV={ready}", "-W", changed)
         assert plan.index("torch==2.13.0") < plan.index("--no-build-isolation -e")
 
+    def test_adapters_gets_an_environment_of_its_own(self, ready: Path) -> None:
+        plan = make("test", f"VENV={ready}", "-W", "constraints-adapters.txt")
+        own = f"{ready}-adapters/bin/python -m "
+        steps = ["pip install .* torch==2.13.0", r"pip install .* -e '\.\[adapters\]'"]
+        steps += ["pytest tests/models/with_adapters"]
+        positions = [re.search(re.escape(own) + step, plan) for step in steps]
+        assert all(positions), plan
+        starts = [found.start() for found in positions if found]
+        assert starts == sorted(starts)
+        assert "PEFT_KERNELS_BUILD=none" in plan
+        assert f"{ready}/bin/python -m pip" not in plan
+
+    def test_tests_that_were_selected_need_no_second_environment(self, tmp_path: Path) -> None:
+        plan = make("test", f"VENV={tmp_path / 'venv'}", "ARGS=-k lora")
+        assert "pytest" in plan and "adapters" not in plan
+
     def test_gpu_report_takes_a_given_interpreter_as_it_is(self, tmp_path: Path) -> None:
         plan = make("gpu-report", f"VENV={tmp_path / 'venv'}", "PYTHON=/opt/python3")
         assert plan.strip() == "/opt/python3 bench/gpu_report.py"
@@ -157,10 +176,12 @@ class TestMakefile:
         assert {*PREPARED, "gpu-report", "clean", "help"} <= described
 
 
-def test_makefile_installs_the_torch_that_is_pinned() -> None:
-    pinned = re.findall(r"^torch==.*$", (ROOT / "constraints-dev.txt").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("kind,install", [("dev", "PIP"), ("adapters", "ADAPTERS")])
+def test_makefile_installs_the_torch_that_is_pinned(kind: str, install: str) -> None:
+    constraints = (ROOT / f"constraints-{kind}.txt").read_text()
+    pinned = re.findall(r"^torch==.*$", constraints, re.MULTILINE)
     assert pinned == ["torch==2.13.0"]
-    assert f"$(PIP_INSTALL) {pinned[0]}" in (ROOT / "Makefile").read_text()
+    assert f"$({install}_INSTALL) {pinned[0]}" in (ROOT / "Makefile").read_text()
 
 
 def test_ci_runs_lint_tests_and_the_dry_gpu_report() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
+from peft_kernels.core.files import write_atomically
 from peft_kernels.demo import methods
 from peft_kernels.demo.methods import Method, Options
 from peft_kernels.demo.model import DigitTransformer
-from peft_kernels.demo.report import write_atomically
 
 
 def save(path: Path, model: DigitTransformer, method: Method, options: Options) -> None:

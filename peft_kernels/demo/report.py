@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 MEBIBYTE = 2**20
@@ -121,23 +119,3 @@ def machine(device: Any) -> dict[str, Any]:
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all; an old one stays until the new one is whole.
-
-    Args:
-        path: the file.
-        data: all of its bytes.
-    """
-    # In the same folder, as a rename across file systems is a copy. Named before it exists, so
-    # that an interruption at any point finds what to remove.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from peft_kernels import BackendUnavailable
+from peft_kernels.core.files import write_atomically
 from peft_kernels.demo import adapter_file, data, figure, measure, methods, report, train
 from peft_kernels.demo.methods import METHODS, Method, Options
 from peft_kernels.demo.model import DigitTransformer, freeze
@@ -76,9 +77,9 @@ def tell(settings: Settings) -> None:
     }
     backends = " + ".join(sorted({entry["backend"] for entry in served}))
     picture = figure.png(rows, str(settings.device), backends)
-    report.write_atomically(settings.out / "demo.png", picture)
+    write_atomically(settings.out / "demo.png", picture)
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    report.write_atomically(settings.out / "demo.json", text.encode())
+    write_atomically(settings.out / "demo.json", text.encode())
 
     print(
         f"pre-trained on digits 0-4 (accuracy {known_accuracy:.1%}), frozen, adapted to 5-9\n"

@@ -248,7 +248,7 @@ def _check(
     bias: Tensor | None,
 ) -> torch.dtype:
     """Check the tensors of a call; return the dtype to compute in."""
-    dtype, _ = op._check(x, weight, lora_a, lora_b, bias)
+    dtype, _ = op.check_tensors(x, weight, lora_a, lora_b, bias)
     checks.check_tensor("magnitude", magnitude)
     if magnitude.shape != (weight.shape[0],):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,26 +21,35 @@ class AccelerationReport:
     Attributes:
         accelerated: (name of the layer, function that serves it), in the order of the model.
         skipped: (name of the layer, why it runs as it did).
+        projections: names of the layers that run as one op, because they read the same x.
     """
 
     accelerated: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...]
+    projections: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
-        """Return one line for the whole, and one for each layer that was skipped."""
+        """Return one line for the whole, one for each kind of group, one for each skipped layer."""
         total = len(self.accelerated) + len(self.skipped)
         ops = sorted({op for _, op in self.accelerated})
         lines = [f"accelerated {len(self.accelerated)} of {total} layers ({', '.join(ops)})"]
+        kinds = Counter(
+            ", ".join(name.rpartition(".")[2] for name in names) for names in self.projections
+        )
+        lines += [f"  {kind} run as one op in {n} modules" for kind, n in kinds.items()]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
+def accelerate(
+    model: nn.Module, *, strict: bool = False, projections: bool = True
+) -> AccelerationReport:
     """Let the adapter layers of a model run on fused kernels, in place.
 
-    Takes what peft (0.18 or later) built. Nothing is added to the model: parameters, ``state_dict``
-    keys, optimisers and hooks stay as they are, and what peft does afterwards (``set_adapter``,
-    ``add_adapter``, ``delete_adapter``, ``merge_and_unload``, ``save_pretrained``) works as before.
+    Takes what peft (0.18 or later) built, and the bottlenecks of adapters. Nothing is added to the
+    model: parameters, ``state_dict`` keys, optimisers and hooks stay as they are, and what peft
+    does afterwards (``set_adapter``, ``add_adapter``, ``delete_adapter``, ``merge_and_unload``,
+    ``save_pretrained``) works as before, as does what adapters does.
     A layer decides at each call: while it is merged, disabled, hooked, given several adapters for
     one batch, or has parameters that its method's kernel cannot take, it runs its own forward.
     Prefix tuning, prompt tuning and P-tuning are served in the ``PeftModel`` itself, which the
@@ -50,8 +60,12 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     Calling it again takes in what was added since, and changes nothing else.
 
     Args:
-        model: a ``PeftModel``, or any module that contains layers made by peft.
+        model: a ``PeftModel``, or any module that contains layers made by peft or adapters.
         strict: raise where a layer would be skipped, and change nothing.
+        projections: run LoRA layers that read the same x (q, k and v; gate and up) as one op, which
+            reads x once and gives one gradient of it, each with a dropout mask of its own. They are
+            told by name; those that are then called with different tensors run one by one, as all
+            do under ``torch.compile``.
 
     Returns:
         Every adapter layer by name, accelerated or not with the reason.
@@ -76,7 +90,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     found = _find(model)
     if not found:
         raise ValueError(
-            "model has no adapter layer that peft made: add one first, for instance by "
+            "model has no adapter layer that peft or adapters made: add one first, for instance by "
             "peft.get_peft_model(model, LoraConfig(...)), or place layers of peft_kernels by "
             "peft_kernels.replace"
         )
@@ -92,8 +106,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     for each in taken:
         assert each.fused is not None
         if type(each.module) is not each.fused:
-            fuse(each.module, each.fused)
-    return AccelerationReport(tuple((each.name, each.op) for each in taken), skipped)
+            fuse(each.module, each.fused, each.holder)
+    groups = _grouped(model, projections) if "peft" in sys.modules else ()
+    return AccelerationReport(tuple((each.name, each.op) for each in taken), skipped, groups)
 
 
 def unaccelerate(model: nn.Module) -> list[str]:
@@ -122,7 +137,22 @@ def _find(model: nn.Module) -> list[Found]:
         from peft_kernels.models import peft_layers
 
         found += peft_layers.find(model)
+    # What adapters built has imported its bottlenecks; "adapters" alone may be anybody's.
+    if "adapters.methods.bottleneck" in sys.modules:
+        from peft_kernels.models import adapters_bottleneck
+
+        found += adapters_bottleneck.find(model)
     return found
+
+
+def _grouped(model: nn.Module, wanted: bool) -> tuple[tuple[str, ...], ...]:
+    from peft_kernels.models import projections
+    from peft_kernels.models.peft_lora import FusedLinear
+
+    if wanted:
+        return tuple(projections.group(model, FusedLinear))
+    projections.ungroup(model)
+    return ()
 
 
 def _check_peft() -> None:

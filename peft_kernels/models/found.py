@@ -24,6 +24,7 @@ class Found(NamedTuple):
         op: the function of peft_kernels that serves it.
         fused: the class that it gets, or None where it stays as it is.
         reason: why it stays as it is.
+        holder: the module that holds it, where its fused class wants to know.
     """
 
     name: str
@@ -31,14 +32,15 @@ class Found(NamedTuple):
     op: str
     fused: type[nn.Module] | None
     reason: str = ""
+    holder: nn.Module | None = None
 
 
-def fuse(module: nn.Module, fused: type[nn.Module]) -> None:
-    """Make ``module`` an instance of ``fused``."""
+def fuse(module: nn.Module, fused: type[nn.Module], holder: nn.Module | None = None) -> None:
+    """Make ``module``, a part of ``holder``, an instance of ``fused``."""
     module.__class__ = fused
     acquired = getattr(module, "_peft_kernels_acquired", None)
     if acquired is not None:
-        acquired()
+        acquired() if holder is None else acquired(holder)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -55,3 +57,16 @@ def restore(module: nn.Module) -> bool:
         released()
     module.__class__ = type(module).__dict__[PLAIN]
     return True
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether calling ``module`` does more than its class's forward."""
+    own = module.__dict__.get("forward")
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        # Removing a hook of accelerate leaves the class's own forward there.
+        or (own is not None and getattr(own, "__func__", None) is not type(module).forward)
+    )

@@ -9,8 +9,8 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from peft_kernels.lora.embedding import lora_embedding
-from peft_kernels.models.found import PLAIN
-from peft_kernels.models.peft_lora import _PLAIN_TENSORS, _hooked
+from peft_kernels.models.found import PLAIN, hooked
+from peft_kernels.models.peft_lora import _PLAIN_TENSORS
 
 
 class FusedEmbedding(lora.Embedding):
@@ -33,7 +33,7 @@ class FusedEmbedding(lora.Embedding):
             return f"its base layer is a {type(base).__module__}.{type(base).__qualname__}"
         if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
             return "its base layer has max_norm, scale_grad_by_freq or sparse gradients"
-        if _hooked(base):
+        if hooked(base):
             return "its base layer has hooks or a forward of its own (offloading)"
         if layer.tp_layer is not None:
             return "its table is sharded (tensor parallel)"
@@ -77,7 +77,7 @@ class FusedEmbedding(lora.Embedding):
         names = [name for name in self.active_adapters if name in self.lora_embedding_A]
         if not names or self.lora_variant.keys() & set(names) or type(base) is not nn.Embedding:
             return []
-        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse or _hooked(base):
+        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse or hooked(base):
             return []
         if hasattr(base, "embed_scale") or any(
             name in self.input_fns or name in self.output_fns for name in names

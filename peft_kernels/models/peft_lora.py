@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.lora.dora import dora_linear
 from peft_kernels.lora.op import lora_linear
-from peft_kernels.models.found import PLAIN
+from peft_kernels.models.found import PLAIN, hooked
+from peft_kernels.models.projections import GROUP, Projection, Projections
 
 _BASES = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -38,7 +39,7 @@ class FusedLinear(lora.Linear):
         base = layer.base_layer
         if type(base) not in _BASES:
             return f"its base layer is a {type(base).__module__}.{type(base).__qualname__}"
-        if _hooked(base):
+        if hooked(base):
             return "its base layer has hooks or a forward of its own (offloading)"
         for name in layer.active_adapters:
             variant = layer.lora_variant.get(name)
@@ -51,36 +52,53 @@ class FusedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what peft's forward returns, to the rounding of the base's dtype."""
+        group: Projections | None = self.__dict__.get(GROUP)
+        if group is not None and not torch.compiler.is_compiling():
+            shared = group.result(self, x, args, kwargs)
+            if shared is not None:
+                return shared
         names = self._adapters_of(x, args, kwargs)
         if not names:
             return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         first, *others = names
-        scale = self.scaling[first]
-        down, up = self._factors(first)
-        bias = base.bias
-        if up.bias is not None:
-            added = up.bias * scale
-            bias = added if bias is None else bias + added
-        dropout_p = _dropout_p(self.lora_dropout[first])
+        given = self._arguments(first)
         if first in self.lora_variant:
             # Beside a layer that does not train, peft leaves out the dropout of DoRA.
             magnitude: Any = self.lora_magnitude_vector[first]
             y = dora_linear(
-                x, weight, down.weight, up.weight, magnitude.weight, bias,
-                scale=scale, dropout_p=dropout_p if self.training else 0.0,
+                x, given.weight, given.lora_a, given.lora_b, magnitude.weight, given.bias,
+                scale=given.scale, dropout_p=given.dropout_p if self.training else 0.0,
             )  # fmt: skip
         else:
             y = lora_linear(
-                x, weight, down.weight, up.weight, bias, scale=scale, dropout_p=dropout_p
-            )
+                x, given.weight, given.lora_a, given.lora_b, given.bias,
+                scale=given.scale, dropout_p=given.dropout_p,
+            )  # fmt: skip
         dtype = y.dtype
         for name in others:
             down, up = self._factors(name)
             low = down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype)))
             y = y + up(low) * self.scaling[name]
         return y.to(dtype) if others else y
+
+    def projection(self, x: Tensor) -> Projection | None:
+        """Return what the kernel is given beside x, None where it does not serve the whole call."""
+        names = self._adapters_of(x, (), {})
+        if len(names) != 1 or names[0] in self.lora_variant:
+            return None
+        return self._arguments(names[0])
+
+    def _arguments(self, name: str) -> Projection:
+        base: Any = self.base_layer
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        scale = self.scaling[name]
+        down, up = self._factors(name)
+        bias = base.bias
+        if up.bias is not None:
+            added = up.bias * scale
+            bias = added if bias is None else bias + added
+        dropout_p = _dropout_p(self.lora_dropout[name])
+        return Projection(weight, down.weight, up.weight, bias, scale, dropout_p)
 
     def _factors(self, name: str) -> tuple[Any, Any]:
         return self.lora_A[name], self.lora_B[name]
@@ -115,7 +133,7 @@ class FusedLinear(lora.Linear):
                 return []
             modules.append(magnitude)
             factors.append(magnitude.weight)
-        if any(map(_hooked, modules)):
+        if any(map(hooked, modules)):
             return []
         for factor in factors:
             if type(factor) not in _PLAIN_TENSORS or factor.device != base.weight.device:
@@ -133,6 +151,9 @@ class FusedLinear(lora.Linear):
         magnitude: Any = self.lora_magnitude_vector[name]
         return magnitude if type(magnitude) is DoraLinearLayer else None
 
+    def _peft_kernels_released(self) -> None:
+        self.__dict__.pop(GROUP, None)
+
 
 setattr(FusedLinear, PLAIN, lora.Linear)
 
@@ -140,19 +161,6 @@ setattr(FusedLinear, PLAIN, lora.Linear)
 def _is_dora(variant: Any) -> bool:
     # Exactly: subclasses of it compute something else.
     return type(variant) is DoraLinearVariant
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Return whether calling ``module`` does more than its class's forward."""
-    own = module.__dict__.get("forward")
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # Removing a hook of accelerate leaves the class's own forward there.
-        or (own is not None and getattr(own, "__func__", None) is not type(module).forward)
-    )
 
 
 def _dropout_p(dropout: nn.Module) -> float:

@@ -53,8 +53,23 @@ def replace(
         outer = next((each for each in matched if name.startswith(each + ".")), None)
         if outer is not None:
             raise ValueError(f"targets match {outer!r} and {name!r} inside it; name one of them")
-        _check_called(name, modules[name.rpartition(".")[0]])
+    replace_named(model, matched, build)
+    return matched
 
+
+def replace_named(
+    model: nn.Module, names: Iterable[str], build: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Replace the modules of these full names by ``build(module)``, none inside another.
+
+    Raises:
+        TypeError: ``build`` returned no module.
+        ValueError: one is the ``out_proj`` of an ``nn.MultiheadAttention``.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matched = list(names)
+    for name in matched:
+        _check_called(name, modules[name.rpartition(".")[0]])
     built: dict[int, nn.Module] = {}
     for name in matched:
         old = modules[name]
@@ -68,7 +83,6 @@ def replace(
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, built[id(modules[name])])
         _leave_fast_path(modules, parent)
-    return matched
 
 
 def _check_called(name: str, parent: nn.Module) -> None:

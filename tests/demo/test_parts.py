@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -264,20 +263,3 @@ def _failing(error: BaseException) -> Callable[..., None]:
         raise error
 
     return fail
-
-
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
-def test_writing_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: BaseException
-) -> None:
-    path = tmp_path / "demo.json"
-    report.write_atomically(path, b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, at, _failing(error))
-        with pytest.raises(type(error)):
-            report.write_atomically(path, b"new")
-    assert [each.name for each in tmp_path.iterdir()] == ["demo.json"]
-    assert path.read_bytes() == b"old"
-    report.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"

@@ -1,0 +1,374 @@
+"""LoRA adapters in peft's format: written by us and loaded by peft, and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peft_kernels import LoRALinear, add_adapters, load_adapter, replace, save_adapter
+from tests.models.peft_models import built, llama, lora_config, tokens
+
+SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _lora(model: nn.Module, targets: Any, **options: Any) -> list[str]:
+    """Replace layers of ``model`` by LoRALinear ones that change what it computes."""
+    options = {"r": 4, "lora_alpha": 8} | options
+    names = replace(model, targets, lambda old: LoRALinear.from_linear(old, **options))  # type: ignore[arg-type]
+    for name in names:
+        nn.init.normal_(model.get_submodule(name).get_parameter("lora_B"), std=0.1)
+    return names
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(tokens()).logits
+
+
+def _assert_same_logits(model: nn.Module, expected: nn.Module) -> None:
+    plain = _logits(llama())
+    logits = _logits(expected)
+    assert (logits - plain).abs().max() > 1e-3, "the adapter changes nothing"
+    torch.testing.assert_close(_logits(model), logits, rtol=2e-5, atol=2e-6)
+
+
+def _mixed(model: nn.Module) -> None:
+    _lora(model, ["q_proj"], lora_dropout=0.1)
+    _lora(model, ["layers.0.mlp.up_proj"], r=7, lora_alpha=3, lora_dropout=0.1)
+    _lora(model, ["layers.1.mlp.up_proj"], r=4, use_rslora=True, lora_dropout=0.1)
+    _lora(model, ["lm_head"], r=3, lora_alpha=2.5, lora_dropout=0.1)
+
+
+PLACED = {
+    "one target": lambda model: _lora(model, "q_proj"),
+    "rslora": lambda model: _lora(model, ["q_proj", "down_proj"], use_rslora=True),
+    "one layer": lambda model: _lora(model, "model.layers.1.mlp.gate_proj"),
+    "layers that differ": _mixed,
+}
+
+
+@pytest.mark.parametrize("place", PLACED.values(), ids=list(PLACED))
+def test_peft_loads_what_we_save(place: Any, tmp_path: Path) -> None:
+    model = llama()
+    place(model)
+    names = save_adapter(model, tmp_path, task_type="CAUSAL_LM")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    _assert_same_logits(loaded, model)
+    adapted = {n.removesuffix(".lora_A.default.weight") for n, _ in loaded.named_parameters()}
+    assert {f"base_model.model.{name}" for name in names} <= adapted
+
+
+@pytest.mark.parametrize("place", PLACED.values(), ids=list(PLACED))
+@pytest.mark.parametrize("filled", [False, True], ids=["plain", "has the layers"])
+def test_we_load_what_we_save(place: Any, filled: bool, tmp_path: Path) -> None:
+    model, other = llama(), llama()
+    place(model)
+    if filled:
+        torch.manual_seed(5)
+        place(other)
+    names = save_adapter(model, tmp_path)
+    assert load_adapter(other, tmp_path) == names
+    _assert_same_logits(other, model)
+    for name in names:
+        ours, theirs = (each.get_submodule(name) for each in (other, model))
+        assert ours.extra_repr().split(", r=")[0] == theirs.extra_repr().split(", r=")[0]
+        assert ours.scaling == pytest.approx(theirs.scaling, rel=1e-15)
+        assert ours.lora_dropout == theirs.lora_dropout
+
+
+OF_PEFT: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "names": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "a regex": {"target_modules": r".*\.(0|1)\.mlp\.(up|down)_proj"},
+    "excluded": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.1.self_attn.q_proj"],
+    },
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 7, r"layers.1.self_attn.(k|v)_proj": 2},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 32},
+    },
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "some layers, by name": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 0,
+        "layers_pattern": "layers",
+    },
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("options", OF_PEFT.values(), ids=list(OF_PEFT))
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_we_load_what_peft_saves(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = built(lora_config(**options))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = llama()
+    names = load_adapter(model, tmp_path)
+    _assert_same_logits(model, theirs)
+    assert len(names) == sum("lora_A" in name for name, _ in theirs.named_parameters())
+    again = tmp_path / "again"
+    save_adapter(model, again)
+    _assert_same_logits(PeftModel.from_pretrained(llama(), again), theirs)
+
+
+def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+    """A list of names would reach "block.0" by "0"."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+
+    model = make()
+    layer = LoRALinear.from_linear(model[0], r=2, lora_alpha=2)  # type: ignore[arg-type]
+    nn.init.normal_(layer.lora_B)
+    model[0] = layer
+    save_adapter(model, tmp_path)
+    x = torch.randn(3, 8)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+    other = make()
+    assert load_adapter(other, tmp_path) == ["0"]
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path) -> None:
+    model = llama()
+    names = _lora(model, "q_proj")
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert save_adapter(torch.compile(model), tmp_path) == names
+    assert set(load_file(tmp_path / TENSORS)) == {
+        f"base_model.model.{name}.lora_{k}.weight" for name in names for k in "AB"
+    }
+    other = torch.compile(llama())
+    add_adapters(other, "layers.1.self_attn.q_proj")
+    assert load_adapter(other, tmp_path) == names
+    assert isinstance(other.model.layers[0].self_attn.q_proj, LoRALinear)
+    assert isinstance(other.model.layers[1].self_attn.q_proj.module, LoRALinear)
+
+
+def test_dtypes_are_kept_and_widened_to_the_layer(tmp_path: Path) -> None:
+    model = llama().bfloat16()
+    _lora(model, "q_proj", dtype=torch.float32)
+    save_adapter(model, tmp_path)
+    for base, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        other = llama().to(base)
+        load_adapter(other, tmp_path)
+        layer = other.model.layers[0].self_attn.q_proj
+        assert layer.lora_A.dtype == layer.lora_B.dtype == expected
+        assert torch.equal(layer.lora_A, model.model.layers[0].self_attn.q_proj.lora_A.to(expected))
+        assert layer.lora_A.requires_grad and not layer.weight.requires_grad
+
+
+def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    model = llama()
+    _lora(model, ["q_proj", "v_proj"])
+    save_adapter(model, folder)
+    return json.loads((folder / SETTINGS).read_text()), load_file(folder / TENSORS)
+
+
+def _refused(folder: Path, match: str, model: nn.Module | None = None) -> None:
+    """Check that loading raises with all of ``match`` in the message, and changes nothing."""
+    model = llama() if model is None else model
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        load_adapter(model, folder)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.requires_grad for n, p in model.named_parameters() if "self_attn.k_proj" in n)
+
+
+def test_tensors_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
+    _, tensors = _saved(tmp_path)
+    stem = "base_model.model.model.layers.0.self_attn"
+    tensors.pop(f"{stem}.q_proj.lora_B.weight")
+    tensors[f"{stem}.k_proj.lora_A.weight"] = torch.zeros(4, 32)
+    tensors[f"{stem}.v_proj.lora_A.weight"] = torch.zeros(4, 33)
+    tensors[f"{stem}.v_proj.lora_B.weight"] = torch.zeros(16, 4, dtype=torch.int64)
+    save_file(tensors, tmp_path / TENSORS)
+    _refused(
+        tmp_path,
+        r"(?s)misshapen: \S+0.self_attn.v_proj.lora_A.weight \[4, 33\], expected \[4, 32\].*"
+        r"missing: \S+0.self_attn.q_proj.lora_B.weight \[32, 4\].*"
+        r"not floating-point: \S+v_proj.lora_B.weight is torch.int64.*"
+        r"surplus: \S+k_proj.lora_A.weight \[4, 32\]",
+    )
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    (tmp_path / TENSORS).unlink()
+    _refused(tmp_path, "holds no adapter_model.safetensors")
+    torch.save({}, tmp_path / "adapter_model.bin")
+    _refused(tmp_path, r"pickle, adapter_model.bin.*safe_serialization=True")
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    data = (tmp_path / TENSORS).read_bytes()
+    (tmp_path / TENSORS).write_bytes(data[: len(data) // 2])
+    _refused(tmp_path, "is not a whole safetensors file")
+    (tmp_path / SETTINGS).write_text("{")
+    _refused(tmp_path, "is not JSON")
+    (tmp_path / SETTINGS).write_text("[]")
+    _refused(tmp_path, "must hold a JSON object")
+    (tmp_path / SETTINGS).unlink()
+    _refused(tmp_path, "holds no adapter_config.json")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"peft_type": "WARP"}, "peft_type='WARP'"),
+    "no method": ({"peft_type": None}, "peft_type=None"),
+    "dora": ({"use_dora": True}, "use_dora=True"),
+    "biases": ({"bias": "lora_only"}, "bias='lora_only'"),
+    "several": ({"lora_bias": True, "modules_to_save": ["x"]}, "lora_bias=True, modules_to_save"),
+    "changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "unheard of": ({"use_warp": 3}, "use_warp=3"),
+    "rank of text": ({"r": "4"}, "r must be int, got '4'"),
+    "rank of nothing": ({"r": 0}, "r=0"),
+    "rank of a pattern": ({"rank_pattern": {"q_proj": True}}, "q_proj must be int, got True"),
+    "other rank": ({"r": 5}, "misshapen"),
+    "dropout": ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+    "no target": ({"target_modules": ["w_proj"]}, "names no module"),
+    "an embedding": ({"target_modules": ["embed_tokens"]}, "a torch.nn.modules.sparse.Embedding"),
+    "more targets": ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "missing.*k_proj"),
+}
+
+
+@pytest.mark.parametrize("changes,match", REFUSED.values(), ids=list(REFUSED))
+def test_settings_that_no_layer_computes_are_refused_by_name(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    settings, _ = _saved(tmp_path)
+    (tmp_path / SETTINGS).write_text(json.dumps(settings | changes))
+    _refused(tmp_path, f"(?s){match}")
+
+
+def test_dora_of_peft_is_refused(tmp_path: Path) -> None:
+    built(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
+    _refused(tmp_path, "use_dora=True.*accelerate")
+
+
+def test_layers_that_the_model_has_must_be_those_of_the_folder(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    model = llama()
+    _lora(model, ["q_proj", "v_proj", "o_proj"])
+    with pytest.raises(ValueError, match="has not: model.layers.0.self_attn.o_proj, model.layers"):
+        load_adapter(model, tmp_path)
+    model = llama()
+    _lora(model, ["q_proj", "v_proj"], r=2)
+    with pytest.raises(ValueError, match="q_proj' has rank 2, the adapter in .* 4"):
+        load_adapter(model, tmp_path)
+    model = llama()
+    _lora(model, ["q_proj", "v_proj"])
+    model.model.layers[1].self_attn.v_proj.merge()
+    with pytest.raises(ValueError, match="1.self_attn.v_proj' is merged"):
+        load_adapter(model, tmp_path)
+
+
+def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    _lora(model, "q_proj")
+    model.model.layers[0].self_attn.q_proj.lora_dropout = 0.5
+    with pytest.raises(ValueError, match=r"0\.5 in 'model.layers.0.self_attn.q_proj'"):
+        save_adapter(model, tmp_path)
+    model = llama()
+    _lora(model, "q_proj")
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+    with pytest.raises(ValueError, match="are one LoRALinear"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="no layers of peft_kernels"):
+        save_adapter(llama(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shared_layer_is_loaded_under_its_first_name_as_peft_does(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    theirs = built(lora_config(target_modules=["up_proj"]), tied())
+    theirs.save_pretrained(tmp_path)
+    model = tied()
+    assert load_adapter(model, tmp_path) == ["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(_logits(model), _logits(theirs), rtol=2e-5, atol=2e-6)
+
+
+def test_meta_and_no_module(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    with pytest.raises(ValueError, match="meta device"):
+        load_adapter(llama().to("meta"), tmp_path)
+    with pytest.raises(TypeError, match="model must be"):
+        load_adapter("model", tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be"):
+        save_adapter(None, tmp_path)  # type: ignore[arg-type]
+
+
+def test_the_base_model_is_named(tmp_path: Path) -> None:
+    model = llama()
+    _lora(model, "q_proj")
+    model.config._name_or_path = "someone/model"
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / SETTINGS).read_text())["base_model_name_or_path"] == (
+        "someone/model"
+    )
+
+
+_SHARDED = """
+import sys
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from peft_kernels import LoRALinear, replace, save_adapter
+
+distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+replace(model, ["0", "1"], lambda old: LoRALinear.from_linear(old, r=3, lora_alpha=6))
+for layer in model:
+    nn.init.normal_(layer.lora_B)
+whole = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+if distributed.get_rank() == 0:
+    torch.save(whole, sys.argv[2])
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+fully_shard(model, mesh=mesh)
+assert model[0].lora_A.to_local().shape != model[0].lora_A.shape
+save_adapter(model, sys.argv[1])
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+def test_shards_of_two_processes_become_one_file(tmp_path: Path) -> None:
+    script, folder, whole = tmp_path / "script.py", tmp_path / "adapter", tmp_path / "whole"
+    script.write_text(_SHARDED)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), str(folder), str(whole)],
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = {
+        f"base_model.model.{name}.weight": value
+        for name, value in torch.load(whole, weights_only=True).items()
+    }
+    saved = load_file(folder / TENSORS)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
+    assert sorted(os.listdir(folder)) == [SETTINGS, TENSORS]
