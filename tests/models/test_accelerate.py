@@ -13,8 +13,14 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_kernels import AccelerationReport, accelerate, lora_linear, unaccelerate
-from peft_kernels.models import peft_lora
+from peft_kernels import (
+    AccelerationReport,
+    accelerate,
+    lora_linear,
+    lora_projections,
+    unaccelerate,
+)
+from peft_kernels.models import peft_lora, projections
 from tests.models.peft_models import (
     assert_same,
     built,
@@ -37,14 +43,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list that grows by the dropout of each call of the kernel."""
+    """Return a list that grows by the dropout of each layer that a kernel computes."""
     calls: list[float] = []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(kwargs["dropout_p"])
         return lora_linear(*args, **kwargs)
 
+    def counted_together(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        calls.extend(kwargs["dropout_p"])
+        return lora_projections(*args, **kwargs)
+
     monkeypatch.setattr(peft_lora, "lora_linear", counted)
+    monkeypatch.setattr(projections, "lora_projections", counted_together)
     return calls
 
 

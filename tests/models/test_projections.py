@@ -1,0 +1,201 @@
+"""Layers that read the same x, run as one op by ``accelerate``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_kernels import accelerate, lora_projections, unaccelerate
+from peft_kernels.models import projections
+from tests.models.peft_models import assert_same, built, logits_and_gradients, lora_config, pair
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of layers of each call of the op."""
+    calls: list[int] = []
+
+    def counted(x: Tensor, weights: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        calls.append(len(weights))
+        return lora_projections(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(projections, "lora_projections", counted)
+    return calls
+
+
+def test_llama_runs_five_layers_as_two_ops(groups: list[int]) -> None:
+    model, plain = pair(lora_config())
+    report = accelerate(model)
+    assert len(report.projections) == 4
+    assert report.projections[0] == tuple(
+        f"base_model.model.model.layers.0.self_attn.{name}"
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    assert "q_proj, k_proj, v_proj run as one op in 2 modules" in str(report)
+    assert "gate_proj, up_proj run as one op in 2 modules" in str(report)
+    assert_same(logits_and_gradients(model), logits_and_gradients(plain))
+    assert sorted(groups) == [2, 2, 3, 3]
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_switched_off_and_undone(groups: list[int]) -> None:
+    model, plain = pair(lora_config())
+    assert accelerate(model, projections=False).projections == ()
+    logits_and_gradients(model)
+    assert not groups
+    assert accelerate(model).projections
+    assert accelerate(model, projections=False).projections == ()
+    accelerate(model)
+    unaccelerate(model)
+    assert_same(logits_and_gradients(model), logits_and_gradients(plain))
+    assert not groups
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert ours.__dict__.keys() == theirs.__dict__.keys()
+
+
+class Attention(nn.Module):
+    """Projections that a test calls as it likes."""
+
+    def __init__(self, width: int = 16) -> None:
+        """Make three."""
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(width, width))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        """Attend to ``other``, which may be x."""
+        return torch.softmax(self.q_proj(x) @ self.k_proj(other).mT, -1) @ self.v_proj(other)
+
+
+def attention(**options: Any) -> PeftModel:
+    torch.manual_seed(0)
+    given = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": False}
+    return get_peft_model(Attention(), LoraConfig(**(given | options)))
+
+
+def test_cross_attention_runs_one_by_one(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x, other = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    for _ in range(3):
+        torch.testing.assert_close(model(x, other), plain(x, other))
+    # Once it was not known yet.
+    assert groups == [3]
+    torch.testing.assert_close(model(x, x), plain(x, x))
+    assert groups == [3]
+
+
+def test_a_result_is_handed_out_only_for_what_it_was_made_of(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    ours, theirs = model.base_model.model, plain.base_model.model
+    x = torch.randn(3, 16)
+
+    def alike() -> None:
+        torch.testing.assert_close(ours.k_proj(x), theirs.k_proj(x))
+        torch.testing.assert_close(ours.v_proj(x), theirs.v_proj(x))
+
+    ours.q_proj(x)
+    x.add_(1.0)
+    alike()
+    ours.q_proj(x)
+    with torch.no_grad():
+        for layers in (ours, theirs):
+            layers.k_proj.lora_A["default"].weight.mul_(2.0)
+    alike()
+    with torch.no_grad():
+        ours.q_proj(x)
+    assert ours.k_proj(x).requires_grad
+    ours.q_proj(x)
+    ours.eval(), theirs.eval()
+    alike()
+    # It stays a group: nothing of this was another tensor.
+    groups.clear()
+    ours(x, x)
+    assert groups == [3]
+
+
+def test_nothing_waits_after_a_pass() -> None:
+    model = attention()
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    model(x, x)
+    group = model.base_model.model.q_proj.__dict__[projections.GROUP]
+    assert not group._ready and not group._key
+
+
+def test_copies_have_groups_of_their_own(groups: list[int]) -> None:
+    model = attention()
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    expected = model(x, x)
+    model.base_model.model.q_proj(x)  # something waits while the copy is made
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        groups.clear()
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                parameter.mul_(2.0 if "lora_" in name else 1.0)
+        assert not torch.equal(other(x, x), expected)
+        assert groups == [3]
+        held = other.base_model.model.v_proj.__dict__[projections.GROUP]
+        assert held.members[0] is other.base_model.model.q_proj
+
+
+def test_layers_that_cannot_all_run_fused_run_one_by_one(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    for each in (model, plain):
+        each.base_model.model.v_proj.merge()
+    torch.testing.assert_close(model(x, x), plain(x, x))
+    assert not groups
+    seen: list[object] = []
+    for each in (model, plain):
+        each.base_model.model.v_proj.unmerge()
+    layer = model.base_model.model.k_proj.base_layer
+    layer.register_forward_hook(lambda *given: seen.append(given))
+    torch.testing.assert_close(model(x, x), plain(x, x))
+    assert len(seen) == 1 and not groups
+
+
+def test_masks_are_independent(groups: list[int]) -> None:
+    model = attention(lora_dropout=0.5)
+    accelerate(model)
+    layers = model.base_model.model
+    with torch.no_grad():
+        for name in ("k_proj", "v_proj"):
+            for part in ("base_layer", "lora_A", "lora_B"):
+                source = getattr(layers.q_proj, part).state_dict()
+                getattr(getattr(layers, name), part).load_state_dict(source)
+    x = torch.randn(4, 16)
+    torch.manual_seed(3)
+    first = [getattr(layers, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    torch.manual_seed(3)
+    again = [getattr(layers, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    assert groups == [3, 3]
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool, groups: list[int]) -> None:
+    model = built(lora_config(lora_dropout=0.2))
+    accelerate(model)
+    torch.manual_seed(7)
+    expected = logits_and_gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(7)
+    actual = logits_and_gradients(model)
+    assert len(groups) == 4 + 8
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
