@@ -63,6 +63,8 @@ def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
         return replace(tile, block_m=64, num_warps=4)  # float32
     if direction == "backward" and tile.block_m == 64 and family in ("sm_100", "sm_120"):
         return replace(tile, block_k=32)
+    if (family, direction, tile.block_k) == ("sm_100", "masked", 32) and rank > 16:
+        return replace(tile, num_warps=8)  # float32
     if direction in ("forward", "dropped") and family == "sm_90" and tile.block_n == 256:
         tile = replace(tile, block_n=128)
     if direction == "dropped" and family == "sm_90" and rank > 16 and tile.block_m == 128:

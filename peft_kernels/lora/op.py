@@ -181,7 +181,9 @@ def check_tensors(
     names: Names = _NAMES,
 ) -> tuple[torch.dtype, bool]:
     """Check the tensors of a call; return the dtype to compute in and whether autocast is on."""
-    uniform = checks.uniform(x, weight, lora_a, lora_b, bias)
+    # Of these the bias alone may be None.
+    missing = weight is None or lora_a is None or lora_b is None
+    uniform = not missing and checks.uniform(x, weight, lora_a, lora_b, bias)
     if not uniform:
         checks.check_tensor("x", x)
         checks.check_tensor(names.weight, weight)

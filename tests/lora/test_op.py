@@ -29,6 +29,7 @@ BAD = [
     ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \[..., K\]"),
     ({"x": torch.randn(4, 9)}, ValueError, r"x must have shape \[..., 8\].*\[4, 9\]"),
     ({"x": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "x must be float64.*torch.int64"),
+    ({"weight": None}, TypeError, "weight must be a torch.Tensor"),
     ({"weight": torch.randn(6, 8, 1)}, ValueError, r"weight must have shape \[N, K\]"),
     ({"weight": torch.ones(6, 8, dtype=torch.int8)}, TypeError, "weight.*dequantise"),
     ({"weight": torch.randn(6, 8).to_sparse()}, TypeError, "weight must be a dense tensor"),
