@@ -177,7 +177,7 @@ def _sum_tile(
     finished = True
     if SPLITS > 1:
         offs_part = offs_c.to(tl.int64)[:, None] * R + offs_r[None, :]
-        size = C.to(tl.int64) * R
+        size = tl.cast(C, tl.int64) * R  # one column is a constant
         if PRODUCT:
             tl.store(part_ptr + pid_split * size + offs_part, acc, mask=mask_out)
         if COLSUM:
