@@ -12,13 +12,19 @@ from bench import readme
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs_and_prints_what_its_comments_say() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run_and_print_what_their_comments_say() -> None:
+    layers, model = (
+        _printed(code) for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    )
+    assert layers[0] == ["linear1", "linear2"]
+    assert "lora_linear runs on" in str(layers[1])
+    assert str(model[0]).startswith("accelerated 14 of 14 layers (lora_linear)")
+
+
+def _printed(code: str) -> list[object]:
     printed: list[object] = []
-    scope: dict[str, object] = {"print": printed.append}
-    exec(compile(code, "README.md", "exec"), scope)
-    assert printed[0] == ["linear1", "linear2"]
-    assert "lora_linear runs on" in str(printed[1])
+    exec(compile(code, "README.md", "exec"), {"print": printed.append})
+    return printed
 
 
 def test_every_make_target_it_names_exists() -> None:
