@@ -1,19 +1,23 @@
-"""Checks that ranks run together: peft's own LoRA layers, tensor-parallel."""
+"""Checks that ranks run together: peft's LoRA layers, as they are and accelerated."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
-from peft_kernels import LoRAColwiseParallel
-from tests.distributed.models import PROJECTIONS, assert_same_losses, llama, train
+from peft_kernels import LoRAColwiseParallel, accelerate
+from tests.distributed.data_parallel import shard
+from tests.distributed.models import PROJECTIONS, assert_same_losses, llama, train, train_apart
 from tests.distributed.parallel_layers import styled
-from tests.distributed.tensor_parallel import tensor_parallel
+from tests.distributed.tensor_parallel import PLAN, mesh, tensor_parallel
 
 
 def wrapped(**options: object) -> nn.Module:
@@ -22,10 +26,8 @@ def wrapped(**options: object) -> nn.Module:
 
     model = llama()
     torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=list(PROJECTIONS), init_lora_weights=False, **options
-    )
-    return peft.get_peft_model(model, config)
+    given = {"r": 3, "lora_alpha": 6, "target_modules": list(PROJECTIONS)} | options
+    return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **given))
 
 
 def losses() -> None:
@@ -36,6 +38,37 @@ def losses() -> None:
     assert all(
         isinstance(each, DTensor) for name, each in model.named_parameters() if "lora_" in name
     )
+    assert_same_losses(train(model), expected)
+
+
+def accelerated(options: dict[str, object], engine: str) -> None:
+    """The losses of peft's own layers on one process."""
+    expected = train(wrapped(**options))
+    model = wrapped(**options)
+    assert len(accelerate(model, strict=True).accelerated) == 14
+    if engine == "tp":
+        tensor_parallel(model.get_base_model())
+        assert_same_losses(train(model), expected)
+    elif engine == "ddp":
+        assert_same_losses(train_apart(DistributedDataParallel(model)), expected)
+    else:
+        assert_same_losses(train_apart(shard(model)), expected)
+
+
+def accelerated_tp_with_dropout() -> None:
+    """A column-parallel layer draws the mask that one process draws."""
+    names = ("q_proj", "v_proj", "up_proj")
+    options = {"target_modules": list(names), "lora_dropout": 0.5}
+    one = wrapped(**options)
+    accelerate(one, projections=False)
+    torch.manual_seed(9)
+    expected = train(one)
+    model = wrapped(**options)
+    accelerate(model)
+    whole = LoRAColwiseParallel(output_layouts=Replicate())
+    plan = {key: whole for key in PLAN if key.endswith(names)}
+    parallelize_module(model.get_base_model(), mesh(), plan)
+    torch.manual_seed(9)
     assert_same_losses(train(model), expected)
 
 
@@ -52,7 +85,14 @@ def refusals() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = (
-    {f"peft_{check.__name__}": check for check in (losses, refusals)}
+    {
+        "peft_losses": losses,
+        "peft_refusals": refusals,
+        "peft_accelerated_tp": functools.partial(accelerated, {"lora_bias": True}, "tp"),
+        "peft_accelerated_tp_with_dropout": accelerated_tp_with_dropout,
+        "peft_accelerated_ddp": functools.partial(accelerated, {}, "ddp"),
+        "peft_accelerated_fsdp": functools.partial(accelerated, {"use_dora": True}, "fsdp"),
+    }
     if importlib.util.find_spec("peft")
     else {}
 )
