@@ -31,6 +31,8 @@ from tests.models.peft_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.external
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},

@@ -26,6 +26,8 @@ from tests.models.peft_models import (
 )
 from tests.numerics import assert_as_accurate_as_eager
 
+pytestmark = pytest.mark.external
+
 EMBEDDING = ["embed_tokens"]
 
 

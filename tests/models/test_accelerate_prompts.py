@@ -31,7 +31,7 @@ from tests.models.peft_models import (
 )
 
 # What peft and torch say of what is done here.
-pytestmark = [
+pytestmark = [pytest.mark.external] + [
     pytest.mark.filterwarnings(f"ignore:{text}")
     for text in ("Position ids are not", "Adapter default was active", "None of the inputs have")
 ]

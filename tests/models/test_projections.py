@@ -15,6 +15,8 @@ from peft_kernels import accelerate, lora_projections, unaccelerate
 from peft_kernels.models import projections
 from tests.models.peft_models import assert_same, built, logits_and_gradients, lora_config, pair
 
+pytestmark = pytest.mark.external
+
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -31,6 +31,8 @@ from transformers import (  # noqa: E402
 from peft_kernels import accelerate, adapter, unaccelerate  # noqa: E402
 from peft_kernels.models import adapters_bottleneck  # noqa: E402
 
+pytestmark = pytest.mark.external
+
 VOCABULARY = 96
 
 

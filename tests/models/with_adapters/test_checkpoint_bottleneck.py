@@ -28,6 +28,8 @@ from peft_kernels import LoRALinear, add_adapters, load_adapter, replace, save_a
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter.safetensors"
 
+pytestmark = pytest.mark.external
+
 
 def _plain(kind: str) -> Any:
     torch.manual_seed(0)
