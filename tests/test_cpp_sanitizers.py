@@ -18,15 +18,14 @@ pytestmark = [
 ]
 FILES = [
     "tests/lora/test_cpp.py",
+    "tests/lora/test_dora.py",
     "tests/adapter/test_cpp_launchers.py",
     "tests/adapter/test_cpp_grouped.py",
     "tests/prefix/test_cpp.py",
     "tests/prompt/test_backends.py",
 ]
 # Ragged shapes, strides and guarded outputs: what reaches furthest over an edge.
-SELECTED = (
-    "(strides or mask_equals or every_output or nothing or empty or no_adapter) and not triton"
-)
+SELECTED = "(strides or mask or mask_equals or every_output or nothing or empty or no_adapter) and not triton"
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -375,6 +375,21 @@ def test_layers_compile_whole() -> None:
         torch.testing.assert_close(found, value, rtol=2e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_whole_model_compiles_without_a_break(options: dict[str, Any]) -> None:
+    model, plain = pair(lora_config(**options))
+    accelerate(model)
+    ids = tokens()
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = whole(input_ids=ids, labels=ids.clone()).loss
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = logits_and_gradients(plain)
+    torch.testing.assert_close(loss, expected["loss"])
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_fifty_steps_train_alike(kind: str, fused_calls: list[float]) -> None:
     model, plain = pair(lora_config(r=8, init_lora_weights=True))
