@@ -3,7 +3,8 @@
 Needs no network and no installed peft_kernels: torch, Triton, pytest, and for the CPU kernels a
 compiler and pybind11. Writes report.json, logs and the tests' junit files to $OUT (out/gpu-report/)
 and prints a short table last. STAGE=tests builds and tests, STAGE=timing times what is there; names
-of methods (ARGS="adapter prompt") time these alone; LIMIT_S is how long it may take (500).
+of methods (ARGS="adapter prompt") time these alone; STAGE=training times training steps of a whole
+model, which the report does not do unasked; LIMIT_S is how long it may take (500).
 DRY_RUN=1 walks the same way without a GPU, in Triton's interpreter.
 
 Exit status: 0, 1 if a test or a numerics gate failed, 2 without a GPU or for an unknown name.
@@ -31,7 +32,7 @@ BUDGET_S = float(os.environ.get("LIMIT_S", "500"))  # of all stages; the table t
 BUILD_S, TESTS_S = 90.0, 230.0
 DRY_BUDGET_S = 150.0
 LEAST_S = 15.0  # no timing process is started for less
-STAGES = ("tests", "timing")
+STAGES = ("tests", "timing", "training")
 
 
 class Report:
@@ -196,6 +197,23 @@ def measure(report: Report) -> None:
     report.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks)
 
 
+def train(report: Report) -> None:
+    """Time training steps of a whole model, as peft runs it and accelerated."""
+    import json
+
+    rows_path = report.out / "training.json"
+    rows_path.unlink(missing_ok=True)
+    limit = report.left()
+    done = report.stage(
+        "training", ["-m", "bench.training", str(rows_path), str(limit - 10.0)], limit
+    )
+    try:
+        rows = json.loads(rows_path.read_text(encoding="utf-8"))["rows"]
+    except FileNotFoundError:
+        rows = []
+    report.add(training={"ok": done.status == 0, "ended": str(done), "rows": rows})
+
+
 def main(ops: Sequence[str] = ()) -> int:
     """Run the stages, timing ``ops`` or all methods, print the table, return the exit status."""
     import torch
@@ -232,6 +250,8 @@ def main(ops: Sequence[str] = ()) -> int:
         test(report)
     if stage in ("", "timing"):
         measure(report)
+    if stage == "training":
+        train(report)
     report.add(complete=True)
     text, ok = summary(report.content)
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from bench.methods import METHODS
 from bench.rows import FAILED, TIMED, Row, row_of
 from bench.tables import figure_table, ms, short
 from bench.targets import figures, geometric_mean
+from bench.training import Result, table
 
 SHOWN = 8  # of failures, of each kind
 
@@ -31,6 +32,10 @@ def summary(content: dict[str, Any]) -> tuple[str, bool]:
     gpu_rows = [row for row in rows[MAIN] if row.case.suite == GPU]
     if gpu_rows:
         lines += figure_table(figures(gpu_rows, suites=[GPU])).splitlines()
+    training = content.get("training")
+    if training:
+        lines += table([Result(**row) for row in training["rows"]]).splitlines()
+        lines += [] if training["ok"] else [f"training: {training['ended']}"]
     lines += _limited("GATE FAILED", (f"{_where(row)}: {row.note}" for row in failed))
     lines += _limited("CRASHED", (f"{k}: {v}" for k, v in content["crashed"].items()))
     lines += _limited("TEST FAILED", content["tests"]["failed"])
@@ -38,6 +43,7 @@ def summary(content: dict[str, Any]) -> tuple[str, bool]:
         lines.append("not run, out of time: " + "; ".join(content["not_run"])[:300])
     lines += _ending(content, len(failed))
     ok = content["tests"]["ok"] and not failed and not content["crashed"]
+    ok = ok and (not training or training["ok"])
     return "\n".join(lines), ok
 
 
