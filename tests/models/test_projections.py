@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -118,6 +119,37 @@ def test_a_result_is_handed_out_only_for_what_it_was_made_of(groups: list[int]) 
     ours.eval(), theirs.eval()
     alike()
     # It stays a group: nothing of this was another tensor.
+    groups.clear()
+    ours(x, x)
+    assert groups == [3]
+
+
+def test_a_layer_that_was_switched_between_two_calls_of_a_group(groups: list[int]) -> None:
+    plain = attention()
+    plain.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    ours, theirs = model.base_model.model, plain.base_model.model
+    x = torch.randn(3, 16)
+
+    def switched(change: Callable[[Any], object]) -> None:
+        ours.q_proj(x)
+        before = theirs.k_proj(x)
+        for layers in (ours, theirs):
+            change(layers.k_proj)
+        assert not torch.allclose(theirs.k_proj(x), before)
+        torch.testing.assert_close(ours.k_proj(x), theirs.k_proj(x))
+        torch.testing.assert_close(ours.v_proj(x), theirs.v_proj(x))
+
+    switched(lambda layer: layer.set_adapter("other"))
+    switched(lambda layer: layer.set_adapter(["default", "other"]))
+    switched(lambda layer: layer.set_adapter("default"))
+    switched(lambda layer: layer.scale_layer(3.0))
+    switched(
+        lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(4, 16)))
+    )
+    switched(lambda layer: layer.enable_adapters(False))
+    switched(lambda layer: layer.enable_adapters(True))
     groups.clear()
     ours(x, x)
     assert groups == [3]
