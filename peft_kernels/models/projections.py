@@ -64,21 +64,19 @@ class Projections:
         """Leave what waits behind: a copy computes its own."""
         return self.__dict__ | {"_ready": {}, "_key": ()}
 
-    def result(self, member: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    def result(self, member: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         """Return y of ``member``, None where it must be computed by itself."""
         if not self.active or args or (kwargs and any(v is not None for v in kwargs.values())):
             return None
-        for index, each in enumerate(self.members):
-            if each is member:
-                break
-        else:  # A replica of nn.DataParallel shares the group, and is not in it.
+        index = self._place(member)
+        if index is None:  # A replica of nn.DataParallel shares the group, and is not in it.
             return None
         if index in self._ready:
             y, state = self._ready.pop(index)
             made_of, version, grad = self._key[:3]
             if made_of is x:
                 same = version == x._version and grad is torch.is_grad_enabled()
-                if same and state == each.state():
+                if same and state == member.state():
                     if not self._ready:
                         self._forget()
                     return y
@@ -89,6 +87,12 @@ class Projections:
                 return None
         self._forget()
         return self._compute(index, x) if isinstance(x, Tensor) else None
+
+    def _place(self, member: Any) -> int | None:
+        for index, each in enumerate(self.members):
+            if each is member:
+                return index
+        return None
 
     def _forget(self) -> None:
         self._ready, self._key = {}, ()
