@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.core import projections_tiles
 from peft_kernels.lora.projections import lora_projections
 
 # Under this name a layer knows its group: no submodule, no entry of the state dict.
@@ -86,7 +87,9 @@ class Projections:
                 self._forget()
                 return None
         self._forget()
-        return self._compute(index, x) if isinstance(x, Tensor) else None
+        if not isinstance(x, Tensor) or not projections_tiles.serves(x.device):
+            return None
+        return self._compute(index, x)
 
     def _place(self, member: Any) -> int | None:
         for index, each in enumerate(self.members):
@@ -106,6 +109,11 @@ class Projections:
                 return None
             given.append(each)
         weights, lora_as, lora_bs, biases, scales, dropout_ps = zip(*given, strict=True)
+        if any(dropout_ps):
+            tokens = x.numel() // max(1, x.shape[-1])
+            size = tokens, x.shape[-1], sum(weight.shape[0] for weight in weights)
+            if not projections_tiles.pays_dropped(x.device, x.dtype, *size):
+                return None
         ys = lora_projections(
             x, weights, lora_as, lora_bs, biases, scales=scales, dropout_p=dropout_ps
         )

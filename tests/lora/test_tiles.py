@@ -118,6 +118,17 @@ def test_tma_is_for_products_that_take_the_device_longer_than_the_host() -> None
     assert "forward one by one: TMA" in wide and "forward ticket" in narrow
 
 
+def test_several_that_drop_are_quicker_one_by_one_where_tma_serves_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not projections_tiles.pays_dropped(GPU, torch.bfloat16, 8192, 4096, 6144)
+    assert projections_tiles.pays_dropped(GPU, torch.bfloat16, 512, 4096, 6144)
+    assert projections_tiles.pays_dropped(GPU, torch.float32, 8192, 4096, 6144)
+    monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
+    assert projections_tiles.pays_dropped(GPU, torch.bfloat16, 8192, 4096, 6144)
+    assert projections_tiles.serves(GPU) and not projections_tiles.serves(torch.device("cpu"))
+
+
 def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:
     from peft_kernels.lora.launch import _describable
 

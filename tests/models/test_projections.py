@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_kernels import accelerate, lora_projections, unaccelerate
+from peft_kernels.core import projections_tiles
 from peft_kernels.models import projections
 from tests.models.peft_models import assert_same, built, logits_and_gradients, lora_config, pair
 
@@ -27,6 +28,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return lora_projections(x, weights, *args, **kwargs)
 
     monkeypatch.setattr(projections, "lora_projections", counted)
+    # Groups are for GPUs: here they are to run on CPU tensors.
+    monkeypatch.setattr(projections_tiles, "serves", lambda device: True)
+    monkeypatch.setattr(projections_tiles, "pays_dropped", lambda *given: True)
     return calls
 
 
@@ -43,6 +47,39 @@ def test_llama_runs_five_layers_as_two_ops(groups: list[int]) -> None:
     assert_same(logits_and_gradients(model), logits_and_gradients(plain))
     assert sorted(groups) == [2, 2, 3, 3]
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_on_a_cpu_every_layer_runs_by_itself(
+    groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(model(x, x), plain(x, x))
+    held = model.base_model.model.q_proj.__dict__[projections.GROUP]
+    model.base_model.model.q_proj(x)
+    assert held.active and not held._ready
+
+
+def test_layers_that_drop_run_by_themselves_where_that_is_quicker(
+    groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attention(lora_dropout=0.5)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    asked: list[tuple[int, ...]] = []
+
+    def no(device: torch.device, dtype: torch.dtype, *size: int) -> bool:
+        asked.append(size)
+        return False
+
+    monkeypatch.setattr(projections_tiles, "pays_dropped", no)
+    model(x, x)
+    assert set(asked) == {(10, 16, 48)} and not groups
+    model.eval()(x, x)
+    assert groups == [3]
 
 
 def test_switched_off_and_undone(groups: list[int]) -> None:
