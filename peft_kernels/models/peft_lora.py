@@ -82,11 +82,15 @@ class FusedLinear(lora.Linear):
         return y.to(dtype) if others else y
 
     def projection(self, x: Tensor) -> Projection | None:
-        """Return what the kernel is given beside x, None where it does not serve the whole call."""
+        """Return what the kernel is given beside x, None where it does not serve the whole call.
+
+        Nor where the factors are inference tensors, whose changes are not counted.
+        """
         names = self._adapters_of(x, (), {})
         if len(names) != 1 or names[0] in self.lora_variant:
             return None
-        return self._arguments(names[0])
+        given = self._arguments(names[0])
+        return None if given.lora_a.is_inference() or given.lora_b.is_inference() else given
 
     def state(self) -> list[Any]:
         """Return what the result of a call depends on beside x: two equal ones, the same result.

@@ -89,6 +89,8 @@ class Projections:
         self._forget()
         if not isinstance(x, Tensor) or not projections_tiles.serves(x.device):
             return None
+        if x.is_inference():  # Whether it changed is not counted.
+            return None
         return self._compute(index, x)
 
     def _place(self, member: Any) -> int | None:

@@ -192,6 +192,24 @@ def test_a_layer_that_was_switched_between_two_calls_of_a_group(groups: list[int
     assert groups == [3]
 
 
+def test_what_is_made_in_inference_mode_runs_one_by_one(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    with torch.inference_mode():
+        given = x + 1.0
+        torch.testing.assert_close(model(given, given), plain(given, given))
+        assert not groups
+        torch.testing.assert_close(model(x, x), plain(x, x))
+        assert groups == [3]
+        loaded = attention()
+        accelerate(loaded)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, x), plain(x, x))
+    assert groups == [3]
+
+
 def test_nothing_waits_after_a_pass() -> None:
     model = attention()
     accelerate(model)
