@@ -11,6 +11,8 @@ A tape is kept only of calls that did nothing but allocate, view from the start,
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,97 +28,130 @@ MOST_TAPES = 4096
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
 _VIEWS = ("aten::t", "aten::transpose", "aten::view", "aten::detach", "aten::alias")
+# What temporaries are multiples of, in bytes: those of PyTorch's allocator for CUDA, or half.
+_ALIGNMENT = 256
 _recording = threading.local()
-# Place among the arguments, place of its tensor, its class, shape, strides and block.
-_Descriptor = tuple[int, int, Any, list[int], list[int], list[int]]
 
 
 class _Tape:
     """What one call allocated and launched.
 
-    Pointers are places in a list: the call's tensors, then what it allocated, then counters.
+    Arguments are places in one list, the pool: the addresses of the call's tensors, those of what
+    it allocated, that of the counters, descriptors, and what never changes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.complete = True
-        self.temporaries: list[tuple[Sequence[int], Sequence[int], torch.dtype]] = []
-        self.counters: list[int] = []
-        # What is run, its arguments, and where among them which pointers and descriptors go.
-        self.launches: list[tuple[Any, list[Any], list[tuple[int, int]], list[_Descriptor]]] = []
+        self.counters = 0  # the most that a launch asked for
+        # What is run, and what picks its arguments from the pool.
+        self.launches: list[tuple[Any, Callable[[list[Any]], Any]]] = []
+        self._bytes = 0  # of all temporaries together
+        self._offsets: list[int] = []
+        # Of a descriptor: place of its tensor, class, and all that does not change with that.
+        self._descriptors: list[tuple[int, Any, dict[str, Any]]] = []
+        self._constants: list[Any] = []
         self._inputs = {t.data_ptr(): place for place, t in reversed(list(enumerate(tensors)))}
         self._count = len(tensors)
         # Alive while the call is: no two of them share an address.
         self._allocated: list[Tensor] = []
         self._counters: list[Tensor] = []
+        # By launch: what is run, and its arguments as (kind, place among those of its kind).
+        self._recorded: list[tuple[Any, list[tuple[str, int]]]] = []
 
     def saw(self, operator: str, first: object, result: object) -> None:
         """Take in one operator of PyTorch's that the call ran."""
         if operator in _ALLOCATIONS and isinstance(result, Tensor):
-            self.temporaries.append((result.shape, result.stride(), result.dtype))
             self._allocated.append(result)
+            self._offsets.append(self._bytes)
+            self._bytes += -(-result.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
         elif operator not in _VIEWS or _address(first) != _address(result):
             self.complete = False
 
     def counted(self, size: int, buffer: Tensor) -> None:
         """Take in counters that the call asked for."""
-        self.counters.append(size)
+        self.counters = max(self.counters, size)
         self._counters.append(buffer)
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Take in a launch."""
-        places, descriptors = [], []
-        values = list(arguments)
-        for index, value in enumerate(arguments):
+        recorded = []
+        for value in arguments:
             base = getattr(value, "base", None)  # of a tensor descriptor
-            tensor = value if isinstance(value, Tensor) else base
-            if not isinstance(tensor, Tensor):
-                continue
-            values[index] = 0
-            address = tensor.data_ptr()
-            place = self._place(address)
-            if address or tensor is base:
-                self.complete &= place is not None
-            if tensor is base:
-                shape, strides, block = list(value.shape), list(value.strides), value.block_shape
-                descriptors.append((index, place or 0, value.__class__, shape, strides, block))
-            elif address:
-                places.append((index, place or 0))
-        self.launches.append((compiled[(*grid, 1, 1)[:3]], values, places, descriptors))
+            if isinstance(base, Tensor):
+                kind, place = self._place(base.data_ptr())
+                self.complete &= kind == "input"
+                fields = {name: held for name, held in vars(value).items() if name != "base"}
+                recorded.append(("descriptor", len(self._descriptors)))
+                self._descriptors.append((place, value.__class__, fields))
+            elif isinstance(value, Tensor) and value.data_ptr():
+                recorded.append(self._place(value.data_ptr()))
+                self.complete &= recorded[-1][0] != "constant"
+            else:
+                recorded.append(("constant", len(self._constants)))
+                self._constants.append(0 if isinstance(value, Tensor) else value)
+        self._recorded.append((compiled[(*grid, 1, 1)[:3]], recorded))
 
-    def _place(self, address: int) -> int | None:
+    def _place(self, address: int) -> tuple[str, int]:
         for place, made in enumerate(self._allocated):
             if made.data_ptr() == address:
-                return self._count + place
-        # The latest: the others may be smaller, and another stream's need not be the same. They
-        # are counted from the end, since temporaries may follow.
-        for place, buffer in reversed(list(enumerate(self._counters))):
-            if buffer.data_ptr() == address:
-                return -1 - place
-        return self._inputs.get(address)
+                return "temporary", place
+        if any(buffer.data_ptr() == address for buffer in self._counters):
+            return "counters", 0
+        if address in self._inputs:
+            return "input", self._inputs[address]
+        return "constant", 0  # unknown: the tape will not be played
 
     def finish(self) -> None:
-        """Forget the tensors of the call."""
-        self._inputs, self._allocated, self._counters = {}, [], []
-
-    def replay(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Launch it all again on other tensors."""
-        from triton.runtime import driver
-
-        stream = driver.active.get_current_stream(device.index or 0)
-        made = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)
-            for size, stride, dtype in self.temporaries
+        """Number the places of the pool and forget the tensors of the call."""
+        sizes = {
+            "input": self._count,
+            "temporary": len(self._offsets),
+            "counters": 1 if self.counters else 0,
+            "descriptor": len(self._descriptors),
+            "constant": len(self._constants),
+        }
+        first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        self.launches = [
+            (run, _picking([first[kind] + place for kind, place in recorded]))
+            for run, recorded in self._recorded
         ]
-        made += [triton_runtime.counters(device, size) for size in reversed(self.counters)]
-        made = [*tensors, *made]
-        pointers = [t.data_ptr() for t in made]
-        for run, values, places, descriptors in self.launches:
-            arguments = values.copy()
-            for index, place in places:
-                arguments[index] = pointers[place]
-            for index, place, kind, *layout in descriptors:
-                arguments[index] = kind(made[place], *layout)
-            run(*arguments, stream=stream)
+        self._inputs, self._allocated, self._counters, self._recorded = {}, [], [], []
+
+    def replay(
+        self, tensors: Sequence[Tensor], addresses: Sequence[int], device: torch.device
+    ) -> None:
+        """Launch it all again on other tensors, which lie at ``addresses``."""
+        pool: list[Any] = [*addresses]
+        if self._offsets:
+            block = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+            start = block.data_ptr()
+            pool += [start + offset for offset in self._offsets]
+        if self.counters:
+            buffer = triton_runtime.counters(device, self.counters)
+            pool.append(buffer.data_ptr())
+        for place, kind, fields in self._descriptors:
+            # What its constructor would check follows from the key of the tape.
+            descriptor = object.__new__(kind)
+            descriptor.__dict__.update(fields, base=tensors[place])
+            pool.append(descriptor)
+        pool += self._constants
+        stream = _driver().active.get_current_stream(device.index or 0)
+        for run, arguments in self.launches:
+            run(*arguments(pool), stream=stream)
+
+
+def _picking(places: Sequence[int]) -> Callable[[list[Any]], Any]:
+    """Return what picks ``places`` from a list."""
+    if len(places) == 1:  # itemgetter would return the value itself
+        return lambda pool: [pool[place] for place in places]
+    return operator.itemgetter(*places)
+
+
+@functools.cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver
 
 
 class _Watch(TorchDispatchMode):
@@ -175,25 +210,40 @@ def remembered(launcher: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(launcher)
     def run(*args: Any, **options: Any) -> None:
-        given = (*args, *options.values())
-        tensors = [value for value in given if isinstance(value, Tensor)]
+        given = (*args, *options.values()) if options else args
+        key: list[Any] = [*options] if options else []
+        tensors, addresses, single = [], [], False
+        for value in given:
+            if value is None:
+                key.append(None)
+            elif isinstance(value, Tensor):
+                address, dtype = value.data_ptr(), value.dtype
+                tensors.append(value)
+                addresses.append(address)
+                single |= dtype is torch.float32
+                key += value.shape, value.stride(), dtype, address % 16
+            else:
+                key += value.__class__, value
         device = tensors[0].device
         if not serves(device) or getattr(_recording, "tape", None) is not None:
             launcher(*args, **options)
             return
-        key = (_settings(device), *options, *map(_described, given), _aliases(tensors))
-        tape = tapes.get(key)
+        key += _settings(device, single)
+        if len(set(addresses)) < len(addresses):  # which of them start at the same address
+            key += map(addresses.index, addresses)
+        kind = tuple(key)
+        tape = tapes.get(kind)
         if tape is None:
             if len(tapes) >= MOST_TAPES:
                 tapes.clear()
-            tapes[key] = _record(launcher, args, options, tensors)
+            tapes[kind] = _record(launcher, args, options, tensors)
         elif not tape.complete:
             launcher(*args, **options)
         elif device.type == "cuda" and torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
-                tape.replay(tensors, device)
+                tape.replay(tensors, addresses, device)
         else:
-            tape.replay(tensors, device)
+            tape.replay(tensors, addresses, device)
 
     return run
 
@@ -211,24 +261,10 @@ def _record(
     return tape
 
 
-def _settings(device: torch.device) -> tuple[Any, ...]:
-    """Return what launchers look at beside their arguments."""
-    precision = torch.backends.cuda.matmul.fp32_precision
+def _settings(device: torch.device, single: bool) -> tuple[Any, ...]:
+    """Return what launchers look at beside their arguments; ``single``: some are float32."""
+    precision = torch.backends.cuda.matmul.fp32_precision if single else None
     return device.index, precision, lora_tiles.forced(), prefix_tiles.forced()
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.data_ptr() % 16
-    return value.__class__, value
-
-
-def _aliases(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return which tensors start at the same address, as the first place of each."""
-    addresses = [t.data_ptr() for t in tensors]
-    if len(set(addresses)) == len(addresses):
-        return ()
-    return tuple(map(addresses.index, addresses))
 
 
 def _address(value: object) -> int:

@@ -8,6 +8,7 @@ called directly, because a dispatcher hop costs more host time than the whole Py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,3 +62,19 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return bare(*args)
 
     return apply
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what torch's ``once_differentiable`` does, at no cost while gradients are not recorded.
+
+    That is so in every backward without ``create_graph``, and there it does nothing.
+    """
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            return guarded(ctx, *gradients)
+        return backward(ctx, *gradients)
+
+    return run

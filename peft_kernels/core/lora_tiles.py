@@ -106,6 +106,9 @@ _TMA = {
     "masked": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
     "masked+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
 }
+# Multiply-adds from which TMA is worth describing four tensors to it, half of a launch on the
+# host: below, what it saves the device of an H200 (at most a tenth) is less. Reasoned from both.
+TMA_WORK = 1 << 35
 _BLACKWELL = _WIDE | {
     "large": LoRATile("ticket", 128, 256, 64, 8, 4),
     "backward": LoRATile("ticket", 128, 128, 64, 8, 4),
@@ -187,6 +190,11 @@ def _tma_tile(
     return _TMA[name.replace("decode", "small")]
 
 
+def tma_pays(tokens: int, in_features: int, out_features: int) -> bool:
+    """Return whether TMA gains a product more than it costs the host, or is forced."""
+    return _forced == "ticket_tma" or tokens * in_features * out_features >= TMA_WORK
+
+
 def rank_block(rank: int) -> int:
     """Return how many ranks a product takes at a time; wider blocks spill beside a large tile."""
     return 16 if rank <= 16 else 32
@@ -235,7 +243,7 @@ def lora_tile(
         rank: r.
         direction: "forward" or "backward", under dropout "dropped" or "masked".
         aligned: whether sizes, strides and addresses of x and w allow unmasked asynchronous copies.
-        tma: whether tensor descriptors may name x, w and y.
+        tma: whether tensor descriptors may name x, w and y, and pay.
     """
     table = _table(device, dtype)
     shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
@@ -287,9 +295,10 @@ def lora_plan(
     """Return how forward and backward of a LoRA call run, for ``explain``."""
     there, back = ("dropped", "masked") if dropout else ("forward", "backward")
     even = in_features % 64 == out_features % 16 == 0
-    forward = lora_tile(device, dtype, tokens, rank, there, even)
+    tma = tma_pays(tokens, in_features, out_features)
+    forward = lora_tile(device, dtype, tokens, rank, there, even, tma)
     even = out_features % 64 == in_features % 16 == 0
-    backward = lora_tile(device, dtype, tokens, rank, back, even)
+    backward = lora_tile(device, dtype, tokens, rank, back, even, tma)
     return f"forward {forward}; backward {backward}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+# The address of a device's current stream; torch.cuda.current_stream makes an object of it first.
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
@@ -76,7 +79,8 @@ def counters(device: torch.device, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=device)
-    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    index = device.index or 0
+    key = (index, _stream(index))
     buffer = _workspaces.get(key)
     if buffer is None or buffer.numel() < size:
         buffer = torch.zeros(max(4096, 2 * size), dtype=torch.int32, device=device)

@@ -138,25 +138,23 @@ def run_backward(
         if dbias is not None:
             dbias.copy_(dy.reshape(tokens, out_features).sum(0))
         return
+    # As in run_forward.
+    if dy.dtype is not dtype or dy.dim() != 2 or dy.stride()[1] != 1:
+        dy = rows(dy, dtype)
+    if x.dtype is not dtype or x.dim() != 2 or x.stride()[1] != 1:
+        x = rows(x, dtype)
+    if weight.dtype is not dtype or not weight.is_contiguous():
+        weight = matrix(weight, dtype)
+    if lora_a.dtype is not dtype or not lora_a.is_contiguous():
+        lora_a = packed(lora_a, dtype)
+    if lora_b.dtype is not dtype or not lora_b.is_contiguous():
+        lora_b = packed(lora_b, dtype)
     # Under autocast x and weight may be wider than what is computed in.
-    dx_narrow = narrow(dx, dtype)
-    dweight_narrow = narrow(dweight, dtype)
+    dx_narrow, dweight_narrow = narrow(dx, dtype), narrow(dweight, dtype)
     chosen.backward(
-        rows(dy, dtype),
-        rows(x, dtype),
-        s,
-        matrix(weight, dtype),
-        packed(lora_a, dtype),
-        packed(lora_b, dtype),
-        seed,
-        scale,
-        dropout_p,
-        as_rows(dx_narrow),
-        da,
-        db,
-        dbias,
-        dweight_narrow,
-    )
+        dy, x, s, weight, lora_a, lora_b, seed, scale, dropout_p,
+        as_rows(dx_narrow), da, db, dbias, dweight_narrow,
+    )  # fmt: skip
     widen(dx_narrow, dx)
     widen(dweight_narrow, dweight)
 

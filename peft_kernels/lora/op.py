@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 from peft_kernels.core.operands import arrived, gradient_of
 from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 from peft_kernels.core.operands import gradient_of
 from peft_kernels.lora import op
 from peft_kernels.lora.projections_dispatch import (
@@ -74,41 +73,43 @@ class LoRAProjectionsFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of every projection's parameters, where needed."""
         count, numbers, dropout_ps, backend, bias_dtypes = ctx.options
+        needed = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * (_FIXED + _KINDS * count)
         x, *saved = ctx.saved_tensors
-        weights, lora_as, lora_bs, ss, seeds, tensors = _by_kind(saved, count)
+        weights, lora_as, lora_bs, ss, seeds, tensors = kinds = _by_kind(saved, count)
         used = [index for index, dy in enumerate(dys) if dy is not None]
         places: list[int] = []
         outputs: list[Tensor] = []
-        if ctx.needs_input_grad[0] and used:
+        if needed[0] and used:
             outputs.append(gradient_of(x))
             places.append(0)
             results[0] = outputs[0]
         # In the order of dispatch's Gradients: those of A, B, bias and weight.
         for order, kind in enumerate((1, 2, 3, 0)):
+            first = _FIXED + kind * count
+            if True not in needed[first : first + count]:
+                continue
             for position, index in enumerate(used):
-                place = _FIXED + kind * count + index
-                if not ctx.needs_input_grad[place]:
+                if not needed[first + index]:
                     continue
                 if kind == 3:
                     size, dtype = weights[index].shape[0], bias_dtypes[index]
                     output = ss[index].new_empty(size, dtype=dtype)
                 else:
-                    output = gradient_of((weights, lora_as, lora_bs)[kind][index])
-                results[place] = output
+                    output = gradient_of(kinds[kind][index])
+                results[first + index] = output
                 places.append(1 + order * len(used) + position)
                 outputs.append(output)
         if not outputs:
             return tuple(results)
         scales = [tensors[i] if numbers[i] is None else numbers[i] for i in range(count)]
-        kinds = (ss, weights, lora_as, lora_bs, seeds, scales, dropout_ps)
-        ss, weights, lora_as, lora_bs, seeds, scales, dropout_ps = (
-            [each[index] for index in used] for each in kinds
-        )
+        given: list[Any] = [ss, weights, lora_as, lora_bs, seeds, scales, dropout_ps]
+        if len(used) < count:
+            given = [[each[index] for index in used] for each in given]
+        ss, *others = given
         lora_projections_backward(
-            [dys[index] for index in used], x, ss, weights, lora_as, lora_bs, seeds, scales,
-            dropout_ps, backend, places, outputs,
-        )  # fmt: skip
+            [dy for dy in dys if dy is not None], x, ss, *others, backend, places, outputs
+        )
         return tuple(results)
 
 
@@ -260,11 +261,18 @@ def _check(
 ) -> tuple[torch.dtype, bool]:
     """Check the tensors of a call; return the dtype to compute in and whether autocast is on."""
     for index, tensors in enumerate(zip(weights, lora_as, lora_bs, biases, strict=True)):
-        names = op.Names(
-            f"weights[{index}]", f"lora_as[{index}]", f"lora_bs[{index}]", f"biases[{index}]"
-        )
+        names = _NAMES[index] if index < len(_NAMES) else _names(index)
         found = op.check_tensors(x, *tensors, names)
     return found
+
+
+def _names(index: int) -> op.Names:
+    """Return what the errors call the parameters of projection ``index``."""
+    return op.Names(*[f"{kind}[{index}]" for kind in ("weights", "lora_as", "lora_bs", "biases")])
+
+
+# Of the first ones, made once: they are needed for errors alone.
+_NAMES = tuple(map(_names, range(8)))
 
 
 def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, ProjectionsSpec, str | None]:

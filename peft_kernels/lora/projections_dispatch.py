@@ -158,35 +158,44 @@ def one_layout(weights: Sequence[Tensor]) -> bool:
 
 
 def _select(
-    x: Tensor, ss: Sequence[Tensor], projections: Sequence[Projection], backend: str | None
-) -> backends.Backend:
+    x: Tensor,
+    ss: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    seeds: Sequence[Tensor | None],
+    backend: str | None,
+) -> tuple[backends.Backend, bool]:
+    """Return what runs a call, and whether there is nothing to compute."""
+    widths = [weight.shape[0] for weight in weights]
+    tokens, in_features = ss[0].shape[0], x.shape[-1]
     spec = (
         x.device,
         ss[0].dtype,
-        ss[0].shape[0],
-        x.shape[-1],
-        tuple([each.weight.shape[0] for each in projections]),
+        tokens,
+        in_features,
+        tuple(widths),
         tuple([s.shape[1] for s in ss]),
-        tuple([each.seed is not None for each in projections]),
-        one_layout([each.weight for each in projections]),
+        tuple([seed is not None for seed in seeds]),
+        one_layout(weights),
     )
-    return backends.select(LORA_PROJECTIONS, spec, backend)
+    empty = not (tokens and in_features and all(widths))
+    return backends.select(LORA_PROJECTIONS, spec, backend), empty
 
 
-def _is_empty(x: Tensor, projections: Sequence[Projection]) -> bool:
-    return x.numel() == 0 or any(each.weight.shape[0] == 0 for each in projections)
-
-
-def _served(each: Projection, dtype: torch.dtype) -> Projection:
-    return Projection(
-        matrix(each.weight, dtype),
-        packed(each.lora_a, dtype),
-        packed(each.lora_b, dtype),
-        None if each.bias is None else packed(each.bias, dtype),
-        each.seed,
-        each.scale,
-        each.dropout_p,
-    )
+def _served(
+    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *others: Sequence[Any],
+) -> list[Projection]:
+    """Return the projections in the form that launchers take; as in ``dispatch.run_forward``."""
+    weights = [w if w.dtype is dtype and w.is_contiguous() else matrix(w, dtype) for w in weights]
+    lora_as = [a if a.dtype is dtype and a.is_contiguous() else packed(a, dtype) for a in lora_as]
+    lora_bs = [b if b.dtype is dtype and b.is_contiguous() else packed(b, dtype) for b in lora_bs]
+    biases = [None if bias is None else packed(bias, dtype) for bias in biases]
+    kinds = (weights, lora_as, lora_bs, biases, *others)
+    return list(map(Projection._make, zip(*kinds, strict=True)))
 
 
 def run_forward(
@@ -203,21 +212,20 @@ def run_forward(
     ss: Sequence[Tensor],
 ) -> None:
     """Choose a backend and write every y [..., N] and s [M, r]; s has the dtype computed in."""
+    chosen, empty = _select(x, ss, weights, seeds, backend)
     kinds = (weights, lora_as, lora_bs, biases, seeds, scales, dropout_ps)
-    projections = [Projection(*each) for each in zip(*kinds, strict=True)]
-    chosen = _select(x, ss, projections, backend)
-    if _is_empty(x, projections):
+    if empty:
 
         def one(*values: Any) -> None:
             given = (*values[:8], chosen.name, *values[8:])
             dispatch.run_forward(*given)
 
-        forward_each(one, x, projections, ys, ss)
+        forward_each(one, x, list(map(Projection._make, zip(*kinds, strict=True))), ys, ss)
         return
     dtype = ss[0].dtype
     chosen.forward(
         rows(x, dtype),
-        [_served(each, dtype) for each in projections],
+        _served(dtype, *kinds),
         [y if y.dim() == 2 else y.view(-1, y.shape[-1]) for y in ys],
         ss,
     )
@@ -246,32 +254,35 @@ def run_backward(
     placed: list[Tensor | None] = [None] * (1 + 4 * count)
     for place, output in zip(places, outputs, strict=True):
         placed[place] = output
-    dx, gradients = placed[0], [Gradients(*placed[1 + i :: count]) for i in range(count)]
+    dx = placed[0]
+    gradients = [Gradients._make(placed[1 + i :: count]) for i in range(count)]
+    chosen, empty = _select(x, ss, weights, seeds, backend)
     kinds = (weights, lora_as, lora_bs, [None] * count, seeds, scales, dropout_ps)
-    projections = [Projection(*each) for each in zip(*kinds, strict=True)]
-    chosen = _select(x, ss, projections, backend)
-    if _is_empty(x, projections):
+    if empty:
 
         def one(*values: Any) -> None:
             given = (*values[:9], chosen.name, *values[9:])
             dispatch.run_backward(*given)
 
+        projections = list(map(Projection._make, zip(*kinds, strict=True)))
         backward_each(one, dys, x, ss, projections, dx, gradients)
         return
     dtype = ss[0].dtype
     # Under autocast x and the weights may be wider than what is computed in.
-    dx_narrow = narrow(dx, dtype)
-    served = [each._replace(dweight=narrow(each.dweight, dtype)) for each in gradients]
+    dx_narrow, served = narrow(dx, dtype), gradients
+    trained = any(each.dweight is not None for each in gradients)
+    if trained:
+        served = [each._replace(dweight=narrow(each.dweight, dtype)) for each in gradients]
     chosen.backward(
         [rows(dy, dtype) for dy in dys],
         rows(x, dtype),
         ss,
-        [_served(each, dtype) for each in projections],
+        _served(dtype, *kinds),
         as_rows(dx_narrow),
         served,
     )
     widen(dx_narrow, dx)
-    for narrowed, each in zip(served, gradients, strict=True):
+    for narrowed, each in zip(served, gradients, strict=True) if trained else ():
         widen(narrowed.dweight, each.dweight)
 
 

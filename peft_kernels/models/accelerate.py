@@ -65,7 +65,7 @@ def accelerate(
         projections: run LoRA layers that read the same x (q, k and v; gate and up) as one op, which
             reads x once and gives one gradient of it, each with a dropout mask of its own. They are
             told by name; those that are then called with different tensors run one by one, as all
-            do under ``torch.compile``.
+            do on a CPU, where nothing is gained, and under ``torch.compile``.
 
     Returns:
         Every adapter layer by name, accelerated or not with the reason.

@@ -82,26 +82,51 @@ class FusedLinear(lora.Linear):
         return y.to(dtype) if others else y
 
     def projection(self, x: Tensor) -> Projection | None:
-        """Return what the kernel is given beside x, None where it does not serve the whole call."""
+        """Return what the kernel is given beside x, None where it does not serve the whole call.
+
+        Nor where the factors are inference tensors, whose changes are not counted.
+        """
         names = self._adapters_of(x, (), {})
         if len(names) != 1 or names[0] in self.lora_variant:
             return None
-        return self._arguments(names[0])
+        given = self._arguments(names[0])
+        return None if given.lora_a.is_inference() or given.lora_b.is_inference() else given
+
+    def state(self) -> list[Any]:
+        """Return what the result of a call depends on beside x: two equal ones, the same result.
+
+        So far as tensors are alive between the two, told by their addresses.
+        """
+        active = self.active_adapters
+        found = [*active, self._disable_adapters, len(self.merged_adapters), self.training]
+        known: Any = self._modules["lora_A"]
+        for name in active:
+            if name in known._modules:
+                found.append(self.scaling[name])
+                for factor in self._factors(name):
+                    weight = _parameter(factor, "weight")
+                    found += id(weight), weight._version
+        return found
 
     def _arguments(self, name: str) -> Projection:
-        base: Any = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        modules = self._modules
+        base: Any = modules["base_layer"]
+        weight = _parameter(base, "weight")
+        if isinstance(base, Conv1D):
+            weight = weight.t()
         scale = self.scaling[name]
         down, up = self._factors(name)
-        bias = base.bias
-        if up.bias is not None:
-            added = up.bias * scale
+        bias, up_bias = _parameter(base, "bias"), _parameter(up, "bias")
+        if up_bias is not None:
+            added = up_bias * scale
             bias = added if bias is None else bias + added
-        dropout_p = _dropout_p(self.lora_dropout[name])
-        return Projection(weight, down.weight, up.weight, bias, scale, dropout_p)
+        factors = _parameter(down, "weight"), _parameter(up, "weight")
+        dropout_p = _dropout_p(_named(modules["lora_dropout"], name))
+        return Projection(weight, *factors, bias, scale, dropout_p)
 
     def _factors(self, name: str) -> tuple[Any, Any]:
-        return self.lora_A[name], self.lora_B[name]
+        modules = self._modules
+        return _named(modules["lora_A"], name), _named(modules["lora_B"], name)
 
     def _adapters_of(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> list[str]:
         """Return the adapters to apply by the kernel, none where peft's forward must run.
@@ -112,35 +137,46 @@ class FusedLinear(lora.Linear):
         module whose weight would be read without calling it (offloading, FSDP on the factors,
         ZeRO), and where parameters are sharded or narrower than the base's.
         """
-        if self.disable_adapters or self.merged or args:
+        if self._disable_adapters or self.merged_adapters or args:
             return []
-        if any(value is not None for value in kwargs.values()):
+        if kwargs and any(value is not None for value in kwargs.values()):
             return []
-        base: Any = self.base_layer
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names or self.lora_variant.keys() & set(names[1:]) or type(base) not in _BASES:
+        submodules, variants = self._modules, self.lora_variant
+        base: Any = submodules["base_layer"]
+        known: Any = submodules["lora_A"]
+        names = [name for name in self.active_adapters if name in known._modules]
+        if not names or type(base) not in _BASES:
+            return []
+        if variants and variants.keys() & set(names[1:]):
             return []
         down, up = self._factors(names[0])
-        dropout = self.lora_dropout[names[0]]
+        dropout = _named(submodules["lora_dropout"], names[0])
         if type(dropout) not in (nn.Identity, nn.Dropout):
             return []
-        if any(type(each) is not nn.Linear for each in (down, up)):
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return []
-        modules, factors = [base, down, up, dropout], [down.weight, up.weight]
-        if names[0] in self.lora_variant:
+        modules = [base, down, up, dropout]
+        factors = [_parameter(down, "weight"), _parameter(up, "weight")]
+        if names[0] in variants:
             magnitude = self._magnitude(names[0])
             if magnitude is None:
                 return []
             modules.append(magnitude)
             factors.append(magnitude.weight)
-        if any(map(hooked, modules)):
+        for module in modules:
+            if hooked(module):
+                return []
+        weight = _parameter(base, "weight")
+        if type(weight) not in _PLAIN_TENSORS:
             return []
+        device, dtype = weight.device, weight.dtype
         for factor in factors:
-            if type(factor) not in _PLAIN_TENSORS or factor.device != base.weight.device:
+            if type(factor) not in _PLAIN_TENSORS or factor.device != device:
                 return []
-            if torch.promote_types(factor.dtype, base.weight.dtype) is not factor.dtype:
+            own = factor.dtype
+            if own is not dtype and torch.promote_types(own, dtype) is not own:
                 return []
-        return names if type(base.weight) in _PLAIN_TENSORS else []
+        return names
 
     def _magnitude(self, name: str) -> Any:
         """Return what holds the magnitude of an adapter that is a plain DoRA, else None."""
@@ -156,6 +192,18 @@ class FusedLinear(lora.Linear):
 
 
 setattr(FusedLinear, PLAIN, lora.Linear)
+
+
+def _named(modules: Any, name: str) -> Any:
+    """Return an adapter's part of a ``ModuleDict``."""
+    # Indexing it runs nn.Module.__getattr__ and an abstract method: a tenth of a layer's host time.
+    return modules._modules[name]
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """Return ``module.weight`` or the like: a parameter as a rule, without the detour."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _is_dora(variant: Any) -> bool:

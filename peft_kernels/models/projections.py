@@ -2,18 +2,18 @@
 
 Their parent calls them one after another with the same tensor. The first call computes all of them
 by ``lora_projections``, and the others find their result waiting. What waits is handed out only for
-the very tensor it was made of, unchanged, under the same grad mode and with the same factors; a
-layer that turns out to be called with something else leaves the group alone from then on.
+the very tensor it was made of, unchanged, under the same grad mode and to a layer in the same
+state; a layer that turns out to be called with something else leaves the group alone from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.core import projections_tiles
 from peft_kernels.lora.projections import lora_projections
 
 # Under this name a layer knows its group: no submodule, no entry of the state dict.
@@ -55,59 +55,77 @@ class Projections:
         """Take the layers in."""
         self.members = members
         self.active = True
-        self._ready: dict[int, Tensor] = {}
+        # By place: a result that waits, and the state of its layer when it was made.
+        self._ready: dict[int, tuple[Tensor, list[Any]]] = {}
+        # Of all that waits: x and its version, the grad mode, and the tensors that it was made of,
+        # so that none of them can be another one at the same address.
         self._key: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what waits behind: a copy computes its own."""
         return self.__dict__ | {"_ready": {}, "_key": ()}
 
-    def result(self, member: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    def result(self, member: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         """Return y of ``member``, None where it must be computed by itself."""
-        if not self.active or args or any(value is not None for value in kwargs.values()):
+        if not self.active or args or (kwargs and any(v is not None for v in kwargs.values())):
             return None
-        # A replica of nn.DataParallel shares the group, and is not in it.
-        index = next((i for i, each in enumerate(self.members) if each is member), None)
-        if index is None or not isinstance(x, Tensor):
+        index = self._place(member)
+        if index is None:  # A replica of nn.DataParallel shares the group, and is not in it.
             return None
-        key = (x._version, torch.is_grad_enabled(), member.training, *self._versions())
         if index in self._ready:
-            if self._key[0] is x and self._key[1:] == key:
-                return self._take(index)
-            # Cross-attention: keys and values are of another tensor than queries.
-            self.active = self._key[0] is x
-            self._forget()
-            if not self.active:
+            y, state = self._ready.pop(index)
+            made_of, version, grad = self._key[:3]
+            if made_of is x:
+                same = version == x._version and grad is torch.is_grad_enabled()
+                if same and state == member.state():
+                    if not self._ready:
+                        self._forget()
+                    return y
+            else:
+                # Cross-attention: keys and values are of another tensor than queries.
+                self.active = False
+                self._forget()
                 return None
         self._forget()
-        ys = self._compute(x)
-        if ys is None:
+        if not isinstance(x, Tensor) or not projections_tiles.serves(x.device):
             return None
-        self._ready, self._key = dict(enumerate(ys)), (x, *key)
-        return self._take(index)
+        if x.is_inference():  # Whether it changed is not counted.
+            return None
+        return self._compute(index, x)
 
-    def _take(self, index: int) -> Tensor:
-        y = self._ready.pop(index)
-        if not self._ready:
-            self._forget()
-        return y
+    def _place(self, member: Any) -> int | None:
+        for index, each in enumerate(self.members):
+            if each is member:
+                return index
+        return None
 
     def _forget(self) -> None:
         self._ready, self._key = {}, ()
 
-    def _versions(self) -> Iterator[int]:
+    def _compute(self, index: int, x: Tensor) -> Tensor | None:
+        """Return y of one member and let those of the others wait."""
+        given = []
         for member in self.members:
-            for factor in (*member.lora_A.parameters(), *member.lora_B.parameters()):
-                yield factor._version
-
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        given = [member.projection(x) for member in self.members]
-        if any(each is None for each in given):
-            return None
+            each = member.projection(x)
+            if each is None:
+                return None
+            given.append(each)
         weights, lora_as, lora_bs, biases, scales, dropout_ps = zip(*given, strict=True)
-        return lora_projections(
+        if any(dropout_ps):
+            tokens = x.numel() // max(1, x.shape[-1])
+            size = tokens, x.shape[-1], sum(weight.shape[0] for weight in weights)
+            if not projections_tiles.pays_dropped(x.device, x.dtype, *size):
+                return None
+        ys = lora_projections(
             x, weights, lora_as, lora_bs, biases, scales=scales, dropout_p=dropout_ps
         )
+        self._ready = {
+            place: (y, member.state())
+            for place, (member, y) in enumerate(zip(self.members, ys, strict=True))
+            if place != index
+        }
+        self._key = (x, x._version, torch.is_grad_enabled(), given)
+        return ys[index]
 
 
 def group(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, ...]]:

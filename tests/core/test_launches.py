@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,14 @@ class _Kernel:
 
     def __init__(self) -> None:
         self.compiled: _Kernel | None = self
+        self.ran: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., _Kernel | None]:
-        return lambda *args, **named: self.compiled
+        def run(*args: Any, **named: Any) -> _Kernel | None:
+            self.ran.append((tuple(args), named))
+            return self.compiled
+
+        return run
 
 
 @pytest.fixture
@@ -126,13 +132,43 @@ def test_tapes_do_not_pile_up(calls: list[str], monkeypatch: pytest.MonkeyPatch)
     assert calls == ["prepared"] * 3 + ["replayed", "prepared"]
 
 
-def test_counters_of_a_launch_are_those_asked_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_has_counters_for_the_launch_that_needs_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
     buffer = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(triton_runtime, "counters", lambda device, size: buffer)
+
+    def counters(device: torch.device, size: int) -> Tensor:
+        asked.append(size)
+        return buffer
+
+    monkeypatch.setattr(triton_runtime, "counters", counters)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 5))
+    monkeypatch.setattr(launches, "_driver", lambda: driver)
+    kernel = _Kernel()
     tape = launches._Tape([])
-    tape.counted(2, buffer)
-    tape.launched(_Kernel(), (1,), [buffer])
-    tape.counted(50, buffer)
-    tape.launched(_Kernel(), (1,), [buffer])
-    assert [places for _, _, places, _ in tape.launches] == [[(0, -1)], [(0, -2)]]
-    assert tape.counters == [2, 50] and tape.complete
+    for size in (2, 50, 3):
+        tape.counted(size, buffer)
+        tape.launched(kernel, (1,), [buffer])
+    tape.finish()
+    tape.replay([], [], buffer.device)
+    assert tape.complete and asked == [50]
+    assert kernel.ran == [((buffer.data_ptr(),), {"stream": 5})] * 3
+
+
+def test_temporaries_of_a_replay_are_apart_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 5))
+    monkeypatch.setattr(launches, "_driver", lambda: driver)
+    kernel = _Kernel()
+    x, parts = torch.zeros(4), [torch.empty(size) for size in (3, 65, 1)]
+    tape = launches._Tape([x])
+    for part in parts:
+        tape.saw("aten::empty", None, part)
+    tape.launched(kernel, (1,), [*parts, x, 7])
+    tape.finish()
+    kernel.ran.clear()
+    tape.replay([x], [x.data_ptr()], x.device)
+    (((first, second, third, *others), _),) = kernel.ran
+    assert tape.complete and others == [x.data_ptr(), 7]
+    assert second - first >= 3 * 4 and third - second >= 65 * 4
+    assert not any((place - first) % 256 for place in (second, third))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_kernels.core import lora_tiles, tiles, triton_runtime
+from peft_kernels.core import lora_tiles, projections_tiles, tiles, triton_runtime
 
 pytest.importorskip("triton")
 
@@ -99,6 +99,34 @@ def test_tma_can_be_chosen_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> No
     assert lora_tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
     with lora_tiles.forced_variant("ticket"):
         assert lora_tiles.lora_tile(*given, "forward").variant == "ticket"
+
+
+def test_tma_is_for_products_that_take_the_device_longer_than_the_host() -> None:
+    def plan(tokens: int, out_features: int) -> str:
+        return lora_tiles.lora_plan(GPU, torch.bfloat16, tokens, 4096, out_features, 16, False)
+
+    assert "tma" not in plan(512, 14336)
+    assert plan(4096, 4096).count("ticket_tma") == 2
+    with lora_tiles.forced_variant("ticket_tma"):
+        assert plan(512, 1024).count("ticket_tma") == 2
+    # Of several, the work of all counts: that is what one launch would do.
+    several = (GPU, torch.bfloat16, 2048, 4096)
+    wide = projections_tiles.projections_plan(*several, (4096, 1024), (16, 16), (False,) * 2, True)
+    narrow = projections_tiles.projections_plan(
+        *several, (1024,) * 3, (16,) * 3, (False,) * 3, True
+    )
+    assert "forward one by one: TMA" in wide and "forward ticket" in narrow
+
+
+def test_several_that_drop_are_quicker_one_by_one_where_tma_serves_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not projections_tiles.pays_dropped(GPU, torch.bfloat16, 8192, 4096, 6144)
+    assert projections_tiles.pays_dropped(GPU, torch.bfloat16, 512, 4096, 6144)
+    assert projections_tiles.pays_dropped(GPU, torch.float32, 8192, 4096, 6144)
+    monkeypatch.setattr(triton_runtime, "capability", lambda index: (8, 0))
+    assert projections_tiles.pays_dropped(GPU, torch.bfloat16, 8192, 4096, 6144)
+    assert projections_tiles.serves(GPU) and not projections_tiles.serves(torch.device("cpu"))
 
 
 def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_kernels import accelerate, lora_projections, unaccelerate
+from peft_kernels.core import projections_tiles
 from peft_kernels.models import projections
 from tests.models.peft_models import assert_same, built, logits_and_gradients, lora_config, pair
 
@@ -28,6 +30,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return lora_projections(x, weights, *args, **kwargs)
 
     monkeypatch.setattr(projections, "lora_projections", counted)
+    # Groups are for GPUs: here they are to run on CPU tensors.
+    monkeypatch.setattr(projections_tiles, "serves", lambda device: True)
+    monkeypatch.setattr(projections_tiles, "pays_dropped", lambda *given: True)
     return calls
 
 
@@ -44,6 +49,39 @@ def test_llama_runs_five_layers_as_two_ops(groups: list[int]) -> None:
     assert_same(logits_and_gradients(model), logits_and_gradients(plain))
     assert sorted(groups) == [2, 2, 3, 3]
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_on_a_cpu_every_layer_runs_by_itself(
+    groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(model(x, x), plain(x, x))
+    held = model.base_model.model.q_proj.__dict__[projections.GROUP]
+    model.base_model.model.q_proj(x)
+    assert held.active and not held._ready
+
+
+def test_layers_that_drop_run_by_themselves_where_that_is_quicker(
+    groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attention(lora_dropout=0.5)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    asked: list[tuple[int, ...]] = []
+
+    def no(device: torch.device, dtype: torch.dtype, *size: int) -> bool:
+        asked.append(size)
+        return False
+
+    monkeypatch.setattr(projections_tiles, "pays_dropped", no)
+    model(x, x)
+    assert set(asked) == {(10, 16, 48)} and not groups
+    model.eval()(x, x)
+    assert groups == [3]
 
 
 def test_switched_off_and_undone(groups: list[int]) -> None:
@@ -122,6 +160,55 @@ def test_a_result_is_handed_out_only_for_what_it_was_made_of(groups: list[int]) 
     # It stays a group: nothing of this was another tensor.
     groups.clear()
     ours(x, x)
+    assert groups == [3]
+
+
+def test_a_layer_that_was_switched_between_two_calls_of_a_group(groups: list[int]) -> None:
+    plain = attention()
+    plain.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    ours, theirs = model.base_model.model, plain.base_model.model
+    x = torch.randn(3, 16)
+
+    def switched(change: Callable[[Any], object]) -> None:
+        ours.q_proj(x)
+        before = theirs.k_proj(x)
+        for layers in (ours, theirs):
+            change(layers.k_proj)
+        assert not torch.allclose(theirs.k_proj(x), before)
+        torch.testing.assert_close(ours.k_proj(x), theirs.k_proj(x))
+        torch.testing.assert_close(ours.v_proj(x), theirs.v_proj(x))
+
+    switched(lambda layer: layer.set_adapter("other"))
+    switched(lambda layer: layer.set_adapter(["default", "other"]))
+    switched(lambda layer: layer.set_adapter("default"))
+    switched(lambda layer: layer.scale_layer(3.0))
+    switched(
+        lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(4, 16)))
+    )
+    switched(lambda layer: layer.enable_adapters(False))
+    switched(lambda layer: layer.enable_adapters(True))
+    groups.clear()
+    ours(x, x)
+    assert groups == [3]
+
+
+def test_what_is_made_in_inference_mode_runs_one_by_one(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    x = torch.randn(2, 5, 16)
+    with torch.inference_mode():
+        given = x + 1.0
+        torch.testing.assert_close(model(given, given), plain(given, given))
+        assert not groups
+        torch.testing.assert_close(model(x, x), plain(x, x))
+        assert groups == [3]
+        loaded = attention()
+        accelerate(loaded)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, x), plain(x, x))
     assert groups == [3]
 
 
