@@ -62,10 +62,14 @@ def _contract(
 
 
 @triton.jit
-def _load_added(added_ptr, rows, mask_m, c, C, stride_am, BLOCK_C: tl.constexpr):
-    """Return BLOCK_C columns from c on, which is negative before the first; [BLOCK_M, BLOCK_C]."""
+def _load_added(
+    added_ptr, rows, mask_m, c, C, stride_am, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """Return BLOCK_C columns from c on, [BLOCK_M, BLOCK_C]; ahead, c comes to lie before 0."""
     offs_c = c + tl.arange(0, BLOCK_C)
-    mask_c = (offs_c >= 0) & (offs_c < C)
+    mask_c = offs_c < C
+    if AHEAD:
+        mask_c &= offs_c >= 0
     return tl.load(
         added_ptr + rows[:, None] * stride_am + offs_c[None, :],
         mask=mask_m[:, None] & mask_c[None, :],
@@ -79,19 +83,20 @@ def _expand(
     C, ranks, stride_wc, stride_wr, stride_am, drop_threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store out = added + scale · keep * (low wᵀ + bias) of some rows.
 
-    From the last columns to the first: what was contracted last is still in L2.
+    AHEAD takes more registers: from the last columns to the first, since what was contracted last
+    is still in L2, and with everything loaded before the product that is needed after it.
     """
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < ranks
     last = (tl.cdiv(C, BLOCK_C) - 1) * BLOCK_C
-    if ADD:
-        added = _load_added(added_ptr, rows, mask_m, last, C, stride_am, BLOCK_C)
-    for back in range(0, C, BLOCK_C):
-        c = last - back
+    if ADD and AHEAD:
+        added = _load_added(added_ptr, rows, mask_m, last, C, stride_am, BLOCK_C, AHEAD)
+    for step in range(0, C, BLOCK_C):
+        c = last - step if AHEAD else step
         offs_c = c + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         w = tl.load(
@@ -99,27 +104,36 @@ def _expand(
             mask=mask_c[None, :] & mask_r[:, None],
             other=0.0,
         )  # [BLOCK_R, BLOCK_C]
-        # Loaded before the product, so as to be there after it; the compiler prefetches only w.
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_c, mask=mask_c & (ranks > 0), other=0.0)
-        if SCALE == 3:
-            factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
-        if ADD:
-            coming = _load_added(added_ptr, rows, mask_m, c - BLOCK_C, C, stride_am, BLOCK_C)
+        if AHEAD:  # the compiler prefetches only w
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + offs_c, mask=mask_c & (ranks > 0), other=0.0)
+            if SCALE == 3:
+                factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
+            if ADD:
+                coming = _load_added(
+                    added_ptr, rows, mask_m, c - BLOCK_C, C, stride_am, BLOCK_C, AHEAD
+                )
         acc = multiply(low, w, PRECISION)  # [BLOCK_M, BLOCK_C]
         if HAS_BIAS:
+            if not AHEAD:
+                bias = tl.load(bias_ptr + offs_c, mask=mask_c & (ranks > 0), other=0.0)
             acc += bias.to(tl.float32)[None, :]
         if DROPOUT:
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, c // 4, tl.cdiv(C, 4), drop_threshold, BLOCK_C)
             acc = tl.where(keep, acc, 0.0)
         if SCALE == 3:
+            if not AHEAD:
+                factor = tl.load(scale + offs_c, mask=mask_c, other=0.0)
             acc *= (factor * inverse_keep)[None, :]
         elif SCALE > 0:
             acc *= load_scale(scale, SCALE == 2) * inverse_keep
         if ADD:
+            if not AHEAD:
+                added = _load_added(added_ptr, rows, mask_m, c, C, stride_am, BLOCK_C, AHEAD)
             acc += added.to(tl.float32)
-            added = coming
+            if AHEAD:
+                added = coming
         tl.store(
             out_ptr + rows[:, None] * C + offs_c[None, :],
             acc.to(out_ptr.dtype.element_ty),
@@ -150,7 +164,7 @@ def _adapter_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks,); GROUPS is 0, or a power of two of at least the number of groups."""
     ranks = R
@@ -182,7 +196,7 @@ def _adapter_forward_kernel(
     _expand(
         hidden, up_ptr, up_bias_ptr, residual_ptr, y_ptr, scale, inverse_keep, seed_ptr, rows,
         mask_m, D, ranks, R, 1, stride_rm, drop_threshold,
-        BLOCK_M, BLOCK_D, BLOCK_R, HAS_UP_BIAS, RESIDUAL, DROPOUT, SCALE, PRECISION,
+        BLOCK_M, BLOCK_D, BLOCK_R, HAS_UP_BIAS, RESIDUAL, DROPOUT, SCALE, AHEAD, PRECISION,
     )  # fmt: skip
 
 
@@ -194,7 +208,8 @@ def _adapter_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr, NEED_DPRE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
     NEED_DX: tl.constexpr, INPUT_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
-    SCALE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks,): dpre and dx, and h again for the gradients of the weights."""
     ranks = R
@@ -229,7 +244,7 @@ def _adapter_backward_kernel(
             _expand(
                 dpre, down_ptr, dy_ptr, dy_ptr, dx_ptr, scale, inverse_keep, seed_ptr, rows,
                 mask_m, D, ranks, 1, D, stride_dym, drop_threshold,
-                BLOCK_M, BLOCK_D, BLOCK_R, False, INPUT_RESIDUAL, False, 0, PRECISION,
+                BLOCK_M, BLOCK_D, BLOCK_R, False, INPUT_RESIDUAL, False, 0, AHEAD, PRECISION,
             )  # fmt: skip
 
 

@@ -198,6 +198,7 @@ def _common(
         "DROPOUT": seed is not None,
         "SCALE": kind,
         "GROUPS": block,
+        "AHEAD": tile.ahead,
         "PRECISION": tiles.precision(x.dtype, x.device),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

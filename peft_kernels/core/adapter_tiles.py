@@ -9,7 +9,7 @@ sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,8 @@ class AdapterTile:
         block_d: features that it streams at a time.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        ahead: whether what is added to a product is loaded before it, which takes registers:
+            on Hopper, where it was measured.
     """
 
     variant: str
@@ -39,6 +41,7 @@ class AdapterTile:
     block_d: int
     num_warps: int
     num_stages: int
+    ahead: bool = False
 
     def __str__(self) -> str:
         """Return variant and sizes in short."""
@@ -50,7 +53,7 @@ class AdapterTile:
 
 
 LIBRARY = AdapterTile("library", 0, 0, 0, 0)
-_INTERPRETED = AdapterTile("fused", 32, 32, 4, 1)
+_INTERPRETED = AdapterTile("fused", 32, 32, 4, 1, ahead=True)
 
 # By the columns of the block that holds the bottleneck. A program streams the weights once, so
 # many rows save traffic from L2; "few" tokens need small row blocks to keep the GPU busy. Where D
@@ -214,7 +217,8 @@ def _lookup(name: str, width: str, shape_class: str, direction: str, block: int)
     table = _32BIT if width == "fp32" else _16BIT
     key = (width, shape_class, direction, block)
     own = _FAMILY_EXCEPTIONS.get(name, {})
-    return own.get(key) or _EXCEPTIONS.get(key) or table[shape_class][block]
+    tile = own.get(key) or _EXCEPTIONS.get(key) or table[shape_class][block]
+    return replace(tile, ahead=name == "sm_90")
 
 
 def reduction_tiles(name: str, width: str) -> dict[int, ReductionTile]:

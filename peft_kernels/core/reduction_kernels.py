@@ -219,7 +219,8 @@ def _sum_tile(
         )  # fmt: skip
         if SCALE_GRAD > 0:
             if last_to_arrive(scale_counter_ptr, scale_tiles):
-                _sum_scale_gradient(scale_part_ptr, d_scale_ptr, C, tl.num_programs(0), SCALE_GRAD)
+                rank_blocks = tl.num_programs(0 if PRODUCT_SUMS else 1)
+                _sum_scale_gradient(scale_part_ptr, d_scale_ptr, C, rank_blocks, SCALE_GRAD)
 
 
 @triton.jit(do_not_specialize=["drop_threshold"])
@@ -234,15 +235,16 @@ def _token_reduction_kernel(
     COLSUM: tl.constexpr, SCALE: tl.constexpr, SCALE_GRAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr, PRODUCT_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rank blocks, tiles of C0 then of C1, splits of the tokens).
+    """Grid (tiles of C0 then of C1, rank blocks, splits of the tokens).
 
-    Rank blocks come first: those of a tile run side by side and share what they read in L2.
-    DROPOUT: -1 nowhere, or which of v0 and v1 it acts on.
+    With PRODUCT_SUMS rank blocks come before tiles: those of a tile run side by side and share what
+    they read in L2. DROPOUT: -1 nowhere, or which of v0 and v1 it acts on.
     """
-    pid_r, pid_c, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    counter_ptr = counters_ptr + pid_c * tl.num_programs(0) + pid_r
-    scale_tiles = tiles1 * tl.num_programs(0)
-    scale_counter_ptr = counters_ptr + (tiles0 + tiles1) * tl.num_programs(0)
+    RANKS: tl.constexpr = 0 if PRODUCT_SUMS else 1
+    pid_c, pid_r, pid_split = tl.program_id(1 - RANKS), tl.program_id(RANKS), tl.program_id(2)
+    counter_ptr = counters_ptr + pid_c * tl.num_programs(RANKS) + pid_r
+    scale_tiles = tiles1 * tl.num_programs(RANKS)
+    scale_counter_ptr = counters_ptr + (tiles0 + tiles1) * tl.num_programs(RANKS)
     if pid_c < tiles0:
         if LOWSUM and pid_c == 0:
             _sum_tile(

@@ -86,8 +86,10 @@ def token_reduction(
     if gradient is not None:
         scale_part = parts(rank_blocks * columns1)
     arrivals = counters(device, programs + 1)
+    tiles = tiles0 + tiles1
+    order = (rank_blocks, tiles) if tile.product_sums else (tiles, rank_blocks)
     launch(
-        _token_reduction_kernel, (rank_blocks, tiles0 + tiles1, groups.count if groups else splits),
+        _token_reduction_kernel, (*order, groups.count if groups else splits),
         v0, first.low, out0, _some(lowsum, unused), v1, second.low, out1, _some(colsum, unused),
         part0, lowsum_part, part1, colsum_part, arrivals, _some(seed, arrivals),
         groups.order if groups else arrivals, groups.offsets if groups else arrivals,

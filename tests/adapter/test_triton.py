@@ -9,7 +9,7 @@ import torch
 
 from peft_kernels import explain
 from peft_kernels.adapter.activations import NAMES
-from peft_kernels.core import rng, triton_runtime
+from peft_kernels.core import adapter_tiles, rng, triton_runtime
 from tests.adapter.problems import RESIDUALS, SCALES, check, eager, fused, problem, results
 
 pytestmark = [
@@ -29,6 +29,23 @@ SHAPES = [
     pytest.param(20, 24, 70, id="bottleneck-above-the-features"),
     pytest.param(150, 20, 3, id="tokens-in-parts"),
 ]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_both_orders_of_the_second_pass_give_the_same_bits(
+    residual: str, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last columns first, with what is added loaded ahead, is Hopper's form."""
+    given = problem(40, 100, 24, residual=residual, scale=scale, dropout_p=0.3)
+    found = []
+    for ahead in (True, False):
+        tile = replace(adapter_tiles._INTERPRETED, ahead=ahead)
+        monkeypatch.setattr(adapter_tiles, "_INTERPRETED", tile)
+        inputs = given.inputs()
+        found.append(results(fused(given, inputs, "triton"), inputs, given.dy))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])

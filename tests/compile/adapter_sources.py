@@ -41,6 +41,7 @@ def adapter(
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_D": tile.block_d, "BLOCK_R": block,
         "ACTIVATION": activation, "DROPOUT": dropout, "SCALE": scale, "GROUPS": groups,
+        "AHEAD": tile.ahead,
         "PRECISION": "tf32",
     }  # fmt: skip
     if direction == "forward":

@@ -149,11 +149,14 @@ def _reductions(family: str, dtype: str) -> Iterator[Case]:
         source = reduction_sources.lora(dtype, tile, True, 8, unaligned=True)
         name = f"reduction unaligned r{tile.block_r}"
         yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
-        # Triton takes a size of 1 for a constant.
-        types, constants, divisible = source
-        source = types, constants | {"C0": 1, "C1": 1}, divisible
-        name = f"reduction one column r{tile.block_r}"
-        yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
+        if tile.block_r == 16:
+            # Triton takes a size of 1 for a constant.
+            types, constants, divisible = source
+            source = types, constants | {"C0": 1, "C1": 1}, divisible
+            name = "reduction one column"
+            yield Case(
+                name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False
+            )
     for tile in dict.fromkeys(tiles.REDUCTION_TILES_EXACT.values()) if dtype == "fp32" else ():
         for splits in (1, 8):
             source = reduction_sources.lora(dtype, tile, True, splits, "ieee")
