@@ -21,7 +21,7 @@ class AccelerationReport:
     Attributes:
         accelerated: (name of the layer, function that serves it), in the order of the model.
         skipped: (name of the layer, why it runs as it did).
-        projections: names of the layers that run as one op, because they read the same x.
+        projections: names of the layers that run as one op on GPUs, because they read the same x.
     """
 
     accelerated: tuple[tuple[str, str], ...]
@@ -36,7 +36,7 @@ class AccelerationReport:
         kinds = Counter(
             ", ".join(name.rpartition(".")[2] for name in names) for names in self.projections
         )
-        lines += [f"  {kind} run as one op in {n} modules" for kind, n in kinds.items()]
+        lines += [f"  {kind} run as one op on GPUs in {n} modules" for kind, n in kinds.items()]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 

@@ -44,8 +44,8 @@ def test_llama_runs_five_layers_as_two_ops(groups: list[int]) -> None:
         f"base_model.model.model.layers.0.self_attn.{name}"
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    assert "q_proj, k_proj, v_proj run as one op in 2 modules" in str(report)
-    assert "gate_proj, up_proj run as one op in 2 modules" in str(report)
+    assert "q_proj, k_proj, v_proj run as one op on GPUs in 2 modules" in str(report)
+    assert "gate_proj, up_proj run as one op on GPUs in 2 modules" in str(report)
     assert_same(logits_and_gradients(model), logits_and_gradients(plain))
     assert sorted(groups) == [2, 2, 3, 3]
     assert list(model.state_dict()) == list(plain.state_dict())
