@@ -265,6 +265,23 @@ def test_offloaded_base_is_skipped() -> None:
     assert not accelerate(model).skipped
 
 
+class Quantised(nn.Linear):
+    """Stands for what keeps its weight in another form, as bitsandbytes does."""
+
+
+def test_a_base_of_another_class_is_skipped_and_called(fused_calls: list[float]) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Quantised(8, 8), nn.Linear(8, 8))
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    model, plain = pair(config, base)
+    report = accelerate(model)
+    (skipped,) = report.skipped
+    assert skipped[0] == "base_model.model.0" and skipped[1].endswith("test_accelerate.Quantised")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), plain(x))
+    assert len(fused_calls) == 1
+
+
 def test_a_layer_under_two_names_is_one_layer() -> None:
     layer = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": nn.Sequential(layer), "second": nn.Sequential(layer)})
