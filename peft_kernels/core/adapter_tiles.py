@@ -131,6 +131,7 @@ _FAMILY_EXCEPTIONS: dict[str, dict[tuple[str, str, str, int], AdapterTile]] = {
         ("fp32", "ragged", "backward", 64): AdapterTile("fused", 32, 32, 4, 2),
     },
     "sm_100": {
+        ("fp32", "many", "forward", 128): AdapterTile("fused", 32, 32, 8, 2),
         ("fp32", "few", "forward", 16): AdapterTile("fused", 16, 64, 4, 2),
         ("fp32", "few", "backward", 128): AdapterTile("fused", 16, 32, 8, 2),
         ("fp32", "few", "backward", 256): AdapterTile("fused", 16, 32, 8, 2),
