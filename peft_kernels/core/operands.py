@@ -29,6 +29,19 @@ def packed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.is_contiguous() else value.contiguous()
 
 
+def factors(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W by ``matrix`` and A and B by ``packed``, in one call: three cost a small product."""
+    if weight.dtype is not dtype or not weight.is_contiguous():
+        weight = matrix(weight, dtype)
+    if lora_a.dtype is not dtype or not lora_a.is_contiguous():
+        lora_a = packed(lora_a, dtype)
+    if lora_b.dtype is not dtype or not lora_b.is_contiguous():
+        lora_b = packed(lora_b, dtype)
+    return weight, lora_a, lora_b
+
+
 def as_rows(gradient: Tensor | None) -> Tensor | None:
     """Return a packed output as a view of two dimensions."""
     if gradient is None or gradient.dim() == 2:

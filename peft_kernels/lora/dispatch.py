@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import as_rows, matrix, narrow, packed, rows, widen
+from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, widen
 from peft_kernels.lora import cpp, cuda, reference
 
 
@@ -93,15 +93,8 @@ def run_forward(
         y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
         s.zero_()
         return
-    # What is as launchers take it already is told here: four calls cost as much as the product.
-    if x.dtype is not dtype or x.dim() != 2 or x.stride()[1] != 1:
-        x = rows(x, dtype)
-    if weight.dtype is not dtype or not weight.is_contiguous():
-        weight = matrix(weight, dtype)
-    if lora_a.dtype is not dtype or not lora_a.is_contiguous():
-        lora_a = packed(lora_a, dtype)
-    if lora_b.dtype is not dtype or not lora_b.is_contiguous():
-        lora_b = packed(lora_b, dtype)
+    x = rows(x, dtype)
+    weight, lora_a, lora_b = factors(weight, lora_a, lora_b, dtype)
     if bias is not None:
         bias = packed(bias, dtype)
     if y.dim() != 2:
@@ -138,17 +131,8 @@ def run_backward(
         if dbias is not None:
             dbias.copy_(dy.reshape(tokens, out_features).sum(0))
         return
-    # As in run_forward.
-    if dy.dtype is not dtype or dy.dim() != 2 or dy.stride()[1] != 1:
-        dy = rows(dy, dtype)
-    if x.dtype is not dtype or x.dim() != 2 or x.stride()[1] != 1:
-        x = rows(x, dtype)
-    if weight.dtype is not dtype or not weight.is_contiguous():
-        weight = matrix(weight, dtype)
-    if lora_a.dtype is not dtype or not lora_a.is_contiguous():
-        lora_a = packed(lora_a, dtype)
-    if lora_b.dtype is not dtype or not lora_b.is_contiguous():
-        lora_b = packed(lora_b, dtype)
+    dy, x = rows(dy, dtype), rows(x, dtype)
+    weight, lora_a, lora_b = factors(weight, lora_a, lora_b, dtype)
     # Under autocast x and weight may be wider than what is computed in.
     dx_narrow, dweight_narrow = narrow(dx, dtype), narrow(dweight, dtype)
     chosen.backward(

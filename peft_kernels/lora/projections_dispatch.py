@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import as_rows, matrix, narrow, packed, rows, widen
+from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, widen
 from peft_kernels.lora import cpp, cuda, dispatch, reference
 
 
@@ -189,13 +189,10 @@ def _served(
     biases: Sequence[Tensor | None],
     *others: Sequence[Any],
 ) -> list[Projection]:
-    """Return the projections in the form that launchers take; as in ``dispatch.run_forward``."""
-    weights = [w if w.dtype is dtype and w.is_contiguous() else matrix(w, dtype) for w in weights]
-    lora_as = [a if a.dtype is dtype and a.is_contiguous() else packed(a, dtype) for a in lora_as]
-    lora_bs = [b if b.dtype is dtype and b.is_contiguous() else packed(b, dtype) for b in lora_bs]
+    """Return the projections in the form that launchers take."""
     biases = [None if bias is None else packed(bias, dtype) for bias in biases]
-    kinds = (weights, lora_as, lora_bs, biases, *others)
-    return list(map(Projection._make, zip(*kinds, strict=True)))
+    kinds = zip(weights, lora_as, lora_bs, biases, *others, strict=True)
+    return [Projection(*factors(w, a, b, dtype), *rest) for w, a, b, *rest in kinds]
 
 
 def run_forward(
