@@ -264,7 +264,7 @@ def _record(
 def _settings(device: torch.device, single: bool) -> tuple[Any, ...]:
     """Return what launchers look at beside their arguments; ``single``: some are float32."""
     precision = torch.backends.cuda.matmul.fp32_precision if single else None
-    return device.index, precision, lora_tiles.forced(), prefix_tiles.forced()
+    return device.index, precision, lora_tiles.FORCED.current, prefix_tiles.FORCED.current
 
 
 def _address(value: object) -> int:

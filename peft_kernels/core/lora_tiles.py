@@ -7,13 +7,13 @@ so, the rest is reasoned from the sizes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from peft_kernels.core import tiles
+from peft_kernels.core.forced import Forced
 
 VARIANTS = ("ticket", "ticket_tma", "recompute", "split")
 
@@ -145,29 +145,10 @@ LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
 LOW_RANK_TILE_EXACT = LoRATile("split", 32, 64, 32, 4, 2)
 _INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def forced_variant(variant: str | None) -> Iterator[None]:
-    """Make LoRA launches take one variant, for tests and benchmarks; not for several threads.
-
-    "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
-    backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 8.
-    """
-    global _forced
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    before, _forced = _forced, variant
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def forced() -> str | None:
-    """Return the variant that launches are made to take, if any."""
-    return _forced
+# "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
+# backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 8.
+FORCED = Forced(*VARIANTS)
+forced_variant = FORCED.variant
 
 
 def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
@@ -180,10 +161,10 @@ def _tma_tile(
     device: torch.device, dtype: torch.dtype, rank: int, name: str, aligned: bool
 ) -> LoRATile | None:
     """Return the tile of "ticket_tma" where that is forced, or measured the fastest, and runs."""
-    if _forced != "ticket_tma" and (_forced or name not in TMA_CLASSES):
+    if FORCED.current != "ticket_tma" and (FORCED.current or name not in TMA_CLASSES):
         return None
     if device.type != "cuda":
-        return replace(_INTERPRETED, variant="ticket_tma") if _forced else None
+        return replace(_INTERPRETED, variant="ticket_tma") if FORCED.current else None
     # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
     if not aligned or rank % 8 or dtype == torch.float32 or tiles.family(device) != "sm_90":
         return None
@@ -192,7 +173,7 @@ def _tma_tile(
 
 def tma_pays(tokens: int, in_features: int, out_features: int) -> bool:
     """Return whether TMA gains a product more than it costs the host, or is forced."""
-    return _forced == "ticket_tma" or tokens * in_features * out_features >= TMA_WORK
+    return FORCED.current == "ticket_tma" or tokens * in_features * out_features >= TMA_WORK
 
 
 def rank_block(rank: int) -> int:
@@ -264,7 +245,7 @@ def lora_tile(
         and device.type == "cuda"
         and tiles.precision(dtype, device) == "ieee"
     )
-    variant = _forced or ("split" if exact else tile.variant)
+    variant = FORCED.current or ("split" if exact else tile.variant)
     if variant == "recompute" and (rank > 32 or direction == "masked"):
         variant = "ticket"
     if variant == "ticket_tma":

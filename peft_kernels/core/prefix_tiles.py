@@ -7,7 +7,6 @@ of some ten candidates each on an H200; the rest is reasoned from the sizes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from peft_kernels.core import tiles
+from peft_kernels.core.forced import Forced
 
 LAUNCHES = ("forward", "query", "key", "prefix")
 # A program holds whole heads in its registers.
@@ -132,31 +132,14 @@ VARIANTS = ("fused", "split")
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_80"}
 _BLOCKS = (64, 128, 256)
 
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def forced_variant(variant: str | None) -> Iterator[None]:
-    """Make calls take one variant where it can serve, for tests and benchmarks; not for threads."""
-    global _forced
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    before, _forced = _forced, variant
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def forced() -> str | None:
-    """Return the variant that calls are made to take, if any."""
-    return _forced
+FORCED = Forced(*VARIANTS)
+forced_variant = FORCED.variant
 
 
 def variant(device: torch.device, queries: int) -> str:
     """Return the variant that wins for so many queries, where both can serve."""
-    if _forced is not None:
-        return _forced
+    if FORCED.current is not None:
+        return FORCED.current
     least = SPLIT_FROM["cpu" if device.type == "cpu" else tiles.family(device)]
     return "fused" if least is None or queries < least else "split"
 
