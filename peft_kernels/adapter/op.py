@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.adapter import check
 from peft_kernels.adapter.activations import check_activation
@@ -26,7 +25,7 @@ from peft_kernels.adapter.dispatch import (
 )
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 from peft_kernels.core.operands import arrived, gradient_of
 
 

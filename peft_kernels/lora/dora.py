@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import out_variant_op
+from peft_kernels.core.library import once_differentiable, out_variant_op
 from peft_kernels.lora import op
 from peft_kernels.lora.dispatch import LoRASpec
 from peft_kernels.lora.dropout import drop

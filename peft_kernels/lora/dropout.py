@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import extension, rng, triton_runtime
-from peft_kernels.core.library import out_variant_op
+from peft_kernels.core.library import once_differentiable, out_variant_op
 from peft_kernels.core.operands import rows
 
 

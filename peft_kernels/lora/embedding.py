@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import checks
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 
 _INTEGERS = (torch.int64, torch.int32)
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from peft_kernels.core.library import once_differentiable
 from peft_kernels.models.peft_prompt_calls import PLAIN_TENSORS
 from peft_kernels.models.transformers_bridge import CALL_PREFIXES, IMPLEMENTATION, switch_attention
 from peft_kernels.models.transformers_layers import heads_of, position_modules, self_attention

@@ -12,11 +12,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 from peft_kernels.core.operands import arrived, gradient_of
 from peft_kernels.prefix import check
 from peft_kernels.prefix.dispatch import (

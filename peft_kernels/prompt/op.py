@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
-from peft_kernels.core.library import eager_apply
+from peft_kernels.core.library import eager_apply, once_differentiable
 from peft_kernels.core.operands import arrived
 from peft_kernels.prompt.dispatch import (
     PROMPT_EMBEDDING,
