@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from peft_kernels.lora.op import lora_linear
     from peft_kernels.lora.projections import lora_projections
     from peft_kernels.models.accelerate import AccelerationReport, accelerate, unaccelerate
-    from peft_kernels.models.checkpoint import load_adapter, save_adapter
+    from peft_kernels.models.attention.bridge import attach_prefixes, detach_prefixes
+    from peft_kernels.models.checkpoints.checkpoint import load_adapter, save_adapter
+    from peft_kernels.models.parallel.tensor_parallel import (
+        LoRAColwiseParallel,
+        LoRARowwiseParallel,
+    )
     from peft_kernels.models.placement import AdaptedModule, add_adapters
     from peft_kernels.models.replace import replace
-    from peft_kernels.models.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
-    from peft_kernels.models.transformers_bridge import attach_prefixes, detach_prefixes
     from peft_kernels.prefix.layer import PrefixAttention
     from peft_kernels.prefix.op import prefix_attention
     from peft_kernels.prompt.layer import PromptEmbedding
@@ -40,9 +43,9 @@ _HOMES = {
     "Adapter": "peft_kernels.adapter.layer",
     "BackendUnavailable": "peft_kernels.core.backend",
     "Explanation": "peft_kernels.core.backend",
-    "LoRAColwiseParallel": "peft_kernels.models.tensor_parallel",
+    "LoRAColwiseParallel": "peft_kernels.models.parallel.tensor_parallel",
     "LoRALinear": "peft_kernels.lora.layer",
-    "LoRARowwiseParallel": "peft_kernels.models.tensor_parallel",
+    "LoRARowwiseParallel": "peft_kernels.models.parallel.tensor_parallel",
     "PrefixAttention": "peft_kernels.prefix.layer",
     "PromptEmbedding": "peft_kernels.prompt.layer",
     "PromptOutput": "peft_kernels.prompt.op",
@@ -50,18 +53,18 @@ _HOMES = {
     "adapter": "peft_kernels.adapter.op",
     "adapter_grouped": "peft_kernels.adapter.grouped",
     "add_adapters": "peft_kernels.models.placement",
-    "attach_prefixes": "peft_kernels.models.transformers_bridge",
-    "detach_prefixes": "peft_kernels.models.transformers_bridge",
+    "attach_prefixes": "peft_kernels.models.attention.bridge",
+    "detach_prefixes": "peft_kernels.models.attention.bridge",
     "dora_linear": "peft_kernels.lora.dora",
     "explain": "peft_kernels.core.backend",
     "lora_embedding": "peft_kernels.lora.embedding",
-    "load_adapter": "peft_kernels.models.checkpoint",
+    "load_adapter": "peft_kernels.models.checkpoints.checkpoint",
     "lora_linear": "peft_kernels.lora.op",
     "lora_projections": "peft_kernels.lora.projections",
     "prefix_attention": "peft_kernels.prefix.op",
     "prompt_embedding": "peft_kernels.prompt.op",
     "replace": "peft_kernels.models.replace",
-    "save_adapter": "peft_kernels.models.checkpoint",
+    "save_adapter": "peft_kernels.models.checkpoints.checkpoint",
     "unaccelerate": "peft_kernels.models.accelerate",
 }
 

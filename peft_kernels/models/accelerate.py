@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peft_kernels.models.found import Found, fuse, restore
+from peft_kernels.models.fused.found import Found, fuse, restore
 
 # The oldest peft whose layers are known.
 MIN_PEFT = (0, 18)
@@ -134,20 +134,20 @@ def _find(model: nn.Module) -> list[Found]:
     # A model that peft built has imported peft.
     if "peft" in sys.modules:
         _check_peft()
-        from peft_kernels.models import peft_layers
+        from peft_kernels.models.fused import peft_layers
 
         found += peft_layers.find(model)
     # What adapters built has imported its bottlenecks; "adapters" alone may be anybody's.
     if "adapters.methods.bottleneck" in sys.modules:
-        from peft_kernels.models import adapters_bottleneck
+        from peft_kernels.models.fused import adapters_bottleneck
 
         found += adapters_bottleneck.find(model)
     return found
 
 
 def _grouped(model: nn.Module, wanted: bool) -> tuple[tuple[str, ...], ...]:
-    from peft_kernels.models import projections
-    from peft_kernels.models.peft_lora import FusedLinear
+    from peft_kernels.models.fused import projections
+    from peft_kernels.models.fused.peft_lora import FusedLinear
 
     if wanted:
         return tuple(projections.group(model, FusedLinear))

@@ -20,7 +20,7 @@ from peft_kernels import (
     lora_projections,
     unaccelerate,
 )
-from peft_kernels.models import peft_lora, projections
+from peft_kernels.models.fused import peft_lora, projections
 from tests.models.peft_models import (
     assert_same,
     built,

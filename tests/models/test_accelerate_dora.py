@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_kernels import accelerate, dora_linear, lora_embedding, lora_linear, unaccelerate
-from peft_kernels.models import peft_embedding, peft_lora
+from peft_kernels.models.fused import peft_embedding, peft_lora
 from tests.models.peft_models import (
     assert_same,
     built,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels import accelerate, prefix_attention, prompt_embedding, unaccelerate
-from peft_kernels.models import peft_prompts, transformers_bridge
+from peft_kernels.models.attention import bridge as transformers_bridge
+from peft_kernels.models.fused import peft_prompts
 from tests.models.peft_models import (
     VOCABULARY,
     assert_same,

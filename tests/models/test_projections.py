@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_kernels import accelerate, lora_projections, unaccelerate
 from peft_kernels.core import projections_tiles
-from peft_kernels.models import projections
+from peft_kernels.models.fused import projections
 from tests.models.peft_models import assert_same, built, logits_and_gradients, lora_config, pair
 
 pytestmark = pytest.mark.external

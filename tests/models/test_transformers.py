@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils  # noqa: E402
 
-from peft_kernels.models.transformers_bridge import (  # noqa: E402
+from peft_kernels.models.attention.bridge import (  # noqa: E402
     IMPLEMENTATION,
     attach_prefixes,
     detach_prefixes,

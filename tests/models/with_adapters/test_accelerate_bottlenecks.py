@@ -29,7 +29,7 @@ from transformers import (  # noqa: E402
 )
 
 from peft_kernels import accelerate, adapter, unaccelerate  # noqa: E402
-from peft_kernels.models import adapters_bottleneck  # noqa: E402
+from peft_kernels.models.fused import adapters_bottleneck  # noqa: E402
 
 pytestmark = pytest.mark.external
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.core.library import once_differentiable
-from peft_kernels.models.peft_prompt_calls import PLAIN_TENSORS
-from peft_kernels.models.transformers_bridge import CALL_PREFIXES, IMPLEMENTATION, switch_attention
-from peft_kernels.models.transformers_layers import heads_of, position_modules, self_attention
+from peft_kernels.models.attention.bridge import CALL_PREFIXES, IMPLEMENTATION, switch_attention
+from peft_kernels.models.attention.layers import heads_of, position_modules, self_attention
+from peft_kernels.models.fused.peft_prompt_calls import PLAIN_TENSORS
 
 # What a fused model holds beside what peft gave it.
 RECORD = "_peft_kernels_prefix_record"

@@ -17,9 +17,9 @@ import torch
 from peft.tuners.prompt_tuning import PromptEmbedding
 from torch import Tensor, nn
 
-from peft_kernels.models import peft_prefixes
-from peft_kernels.models.found import PLAIN, Found
-from peft_kernels.models.peft_prompt_calls import (
+from peft_kernels.models.fused import peft_prefixes
+from peft_kernels.models.fused.found import PLAIN, Found
+from peft_kernels.models.fused.peft_prompt_calls import (
     PLAIN_TENSORS,
     WITHOUT_PREFIX,
     adjust_inputs,

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.lora.dora import dora_linear
 from peft_kernels.lora.op import lora_linear
-from peft_kernels.models.found import PLAIN, hooked
-from peft_kernels.models.projections import GROUP, Projection, Projections
+from peft_kernels.models.fused.found import PLAIN, hooked
+from peft_kernels.models.fused.projections import GROUP, Projection, Projections
 
 _BASES = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from peft_kernels.models import checkpoint_files as files
+from peft_kernels.models.checkpoints import files
 
 # Of the plain model: what is adapted, the part of it that is on loading, adapters' layer, its
 # switch. BERT's layers adapt what their dropout returns, a Llama's what attention and MLP do.

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from peft_kernels.models.local_forward import LocalForward, awaited
-from peft_kernels.models.parallel_layers import check_layer, parameters
+from peft_kernels.models.parallel.layers import check_layer, parameters
+from peft_kernels.models.parallel.local_forward import LocalForward, awaited
 
 # Where each tensor of a LoRA layer is cut, by what it is.
 _BY_COLUMN: dict[str, Placement] = {

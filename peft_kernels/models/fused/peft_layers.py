@@ -8,8 +8,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_kernels.models import peft_embedding, peft_lora, peft_prompts
-from peft_kernels.models.found import PLAIN, Found
+from peft_kernels.models.fused import peft_embedding, peft_lora, peft_prompts
+from peft_kernels.models.fused.found import PLAIN, Found
 
 # By the class of peft's layer: what serves it.
 _SERVED: dict[type, Any] = {

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from peft_kernels.core import rng
-from peft_kernels.models.parallel_layers import parameters, refuse_own_dropout
+from peft_kernels.models.parallel.layers import parameters, refuse_own_dropout
 
 
 class LocalForward:

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from peft_kernels.models import checkpoint_bottleneck, checkpoint_lora, checkpoint_prompt
-from peft_kernels.models import checkpoint_files as files
-from peft_kernels.models.base_names import unwrapped
+from peft_kernels.models.checkpoints import bottleneck as checkpoint_bottleneck
+from peft_kernels.models.checkpoints import files
+from peft_kernels.models.checkpoints import lora as checkpoint_lora
+from peft_kernels.models.checkpoints import prompt as checkpoint_prompt
+from peft_kernels.models.checkpoints.base_names import unwrapped
 
 _OF_PEFT: dict[str, Callable[..., list[str]]] = {
     "LORA": checkpoint_lora.load,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels.models.found import PLAIN
+from peft_kernels.models.fused.found import PLAIN
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Set on a cache that was filled behind prefixes which are not in it.

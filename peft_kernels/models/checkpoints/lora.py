@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.lora.layer import LoRALinear
-from peft_kernels.models import checkpoint_files as files
-from peft_kernels.models.base_names import Based, based_modules, unwrapped
+from peft_kernels.models.checkpoints import files
+from peft_kernels.models.checkpoints.base_names import Based, based_modules, unwrapped
 from peft_kernels.models.replace import replace_named
 
 _PREFIX = "base_model.model."

@@ -9,8 +9,8 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from peft_kernels.lora.embedding import lora_embedding
-from peft_kernels.models.found import PLAIN, hooked
-from peft_kernels.models.peft_lora import _PLAIN_TENSORS
+from peft_kernels.models.fused.found import PLAIN, hooked
+from peft_kernels.models.fused.peft_lora import _PLAIN_TENSORS
 
 
 class FusedEmbedding(lora.Embedding):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.models import checkpoint_files as files
-from peft_kernels.models.base_names import Based, based_modules
-from peft_kernels.models.transformers_bridge import SUBMODULE, attach_prefixes
-from peft_kernels.models.transformers_layers import Shift, prefix_of, self_attention
+from peft_kernels.models.attention.bridge import SUBMODULE, attach_prefixes
+from peft_kernels.models.attention.layers import Shift, prefix_of, self_attention
+from peft_kernels.models.checkpoints import files
+from peft_kernels.models.checkpoints.base_names import Based, based_modules
 from peft_kernels.prefix.virtual_tokens import VirtualTokens
 from peft_kernels.prompt.layer import PromptEmbedding
 

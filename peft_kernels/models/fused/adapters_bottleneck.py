@@ -12,7 +12,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor, nn
 
 from peft_kernels.adapter.op import adapter
-from peft_kernels.models.found import PLAIN, Found, hooked
+from peft_kernels.models.fused.found import PLAIN, Found, hooked
 
 # By the name of the class, in torch or transformers: what computes the same.
 _ACTIVATIONS = {

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.adapter.layer import Adapter
-from peft_kernels.models import adapters_format
-from peft_kernels.models import checkpoint_files as files
-from peft_kernels.models.adapters_format import Place, place_of
-from peft_kernels.models.base_names import Based, based_modules
+from peft_kernels.models.checkpoints import adapters_format, files
+from peft_kernels.models.checkpoints.adapters_format import Place, place_of
+from peft_kernels.models.checkpoints.base_names import Based, based_modules
 from peft_kernels.models.placement import AdaptedModule
 from peft_kernels.models.replace import replace_named
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_kernels.models.transformers_layers import (
+from peft_kernels.models.attention.layers import (
     Shift,
     position_modules,
     prefix_of,
     self_attention,
 )
-from peft_kernels.models.transformers_masks import packed_offsets, prefix_mask
+from peft_kernels.models.attention.masks import packed_offsets, prefix_mask
 from peft_kernels.prefix.op import prefix_attention
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Prefix attention as an attention implementation of transformers."""

@@ -1,0 +1,1 @@
+"""Layers of peft and adapters with another forward, which ``accelerate`` gives them."""
