@@ -66,3 +66,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             actual[name], value, rtol=2e-5, atol=2e-6 + 1e-5 * value.abs().max().item(), msg=name
         )
+
+
+def seeded_logits(model: nn.Module, seed: int) -> Tensor:
+    """Return the logits under a seed, without gradients."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(tokens()).logits

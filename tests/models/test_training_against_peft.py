@@ -79,9 +79,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], peft.PeftConfig, set[str]]] = {
 }  # fmt: skip
 
 
-def losses(model: nn.Module) -> list[float]:
+def losses(
+    model: nn.Module, optimizer_of: Any = torch.optim.AdamW, lr: float = 5e-3
+) -> list[float]:
     """Return the losses of STEPS steps on one batch, labels shared by both kinds of model."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], lr=lr)
     ids = tokens(4, 16)
     labels = ids if hasattr(model, "prepare_inputs_for_generation") else ids[:, 0] % 3
     found = []
@@ -105,3 +107,11 @@ def test_losses_agree(case: tuple[Callable[[], nn.Module], peft.PeftConfig, set[
     # Training multiplies the roundings of its first steps.
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0.0)
     torch.testing.assert_close(ours[:10], theirs[:10], rtol=1e-6, atol=0.0)
+
+
+def test_losses_agree_by_sgd() -> None:
+    model, plain = pair(lora(r=8))
+    accelerate(model)
+    ours, theirs = (losses(each, torch.optim.SGD, 0.5) for each in (model, plain))
+    assert theirs[-1] < theirs[0] - 0.05
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0.0)
