@@ -1,8 +1,10 @@
-"""The short table at the end of the GPU report, from its JSON."""
+"""The short tables of the GPU report: of a method's times, and of how all stages ended."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.method import BOTH, DIRECTIONS, FORWARD, GPU, MAIN, MIB, OURS, VARIANTS, Method
@@ -10,44 +12,50 @@ from bench.methods import METHODS
 from bench.rows import FAILED, TIMED, Row, row_of
 from bench.tables import figure_table, ms, short
 from bench.targets import figures, geometric_mean
-from bench.training import Result, table
 
 SHOWN = 8  # of failures, of each kind
+PLAN_WIDTH = 60
 
 
-def summary(content: dict[str, Any]) -> tuple[str, bool]:
-    """Return the table, and whether all tests and gates passed.
-
-    At most 60 lines for LoRA, and 30 for each further method.
-    """
-    rows = {MAIN: _rows(content, MAIN), VARIANTS: _rows(content, VARIANTS)}
+def timing_text(content: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the table of a method's stage, and whether all gates passed and nothing crashed."""
+    method = METHODS[content["stage"]]
+    rows = {group: _rows(content, group) for group in (MAIN, VARIANTS)}
     failed = [row for group in rows.values() for row in group if row.status == FAILED]
-    lines = ["", "DRY RUN: no GPU, Triton interpreted; its times say nothing"]
-    if not content["dry_run"]:
-        lines = [""]
-    for name, method in METHODS.items():
-        mine = [row for row in rows[MAIN] if row.case.op == name]
-        lines += _times(method, mine) if mine else []
-        lines += _variants([row for row in rows[VARIANTS] if row.case.op == name])
+    lines = _times(method, rows[MAIN]) if rows[MAIN] else []
+    lines += _variants(rows[VARIANTS])
     gpu_rows = [row for row in rows[MAIN] if row.case.suite == GPU]
     if gpu_rows:
         lines += figure_table(figures(gpu_rows, suites=[GPU])).splitlines()
-    training = content.get("training")
-    if training:
-        lines += table([Result(**row) for row in training["rows"]]).splitlines()
-        lines += [] if training["ok"] else [f"training: {training['ended']}"]
-    lines += _limited("GATE FAILED", (f"{_where(row)}: {row.note}" for row in failed))
-    lines += _limited("CRASHED", (f"{k}: {v}" for k, v in content["crashed"].items()))
-    lines += _limited("TEST FAILED", content["tests"]["failed"])
+    lines += limited("GATE FAILED", (f"{_where(row)}: {row.note}" for row in failed))
+    lines += limited("CRASHED", (f"{k}: {v}" for k, v in content["crashed"].items()))
     if content["not_run"]:
         lines.append("not run, out of time: " + "; ".join(content["not_run"])[:300])
-    lines += _ending(content, len(failed))
-    ok = content["tests"]["ok"] and not failed and not content["crashed"]
-    ok = ok and (not training or training["ok"])
-    return "\n".join(lines), ok
+    return "\n".join(lines), not failed and not content["crashed"]
 
 
-def _rows(content: dict[str, Any], group: str) -> list[Row]:
+def ending(stages: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], dry: bool) -> str:
+    """Return a line for each stage that ran, and what it ran on."""
+    lines = ["", "DRY RUN: no GPU, Triton interpreted; its times say nothing" if dry else ""]
+    for each in stages:
+        verdict = "ok" if each["ok"] else "NOT OK"
+        taken = f"{each['seconds']:.0f} s" if "seconds" in each else ""
+        lines.append(f"{each['stage']:<10}{verdict:<8}{taken:>6}  {each['ended']}"[:200])
+    commit = (machine["commit"] or "unknown")[:10] + (" (dirty)" if machine["dirty"] else "")
+    where = f"{machine['gpu']}, driver {machine['driver']}" if "gpu" in machine else machine["cpu"]
+    lines.append(f"{where}; torch {machine['torch']}, triton {machine['triton']}, commit {commit}")
+    return "\n".join(lines)
+
+
+def predicted_ms(row: Row) -> float | None:
+    """Return the time that the model of the machine predicts, None without such a model."""
+    if importlib.util.find_spec("bench.model") is None:
+        return None
+    value: float | None = importlib.import_module("bench.model").predicted_ms(row)
+    return value
+
+
+def _rows(content: Mapping[str, Any], group: str) -> list[Row]:
     chosen = [row for row in content["rows"] if row["item"].startswith(f"{group} ")]
     return [row_of({k: v for k, v in row.items() if k != "item"}) for row in chosen]
 
@@ -56,8 +64,9 @@ def _where(row: Row) -> str:
     return f"{row.case.name}, {row.direction}, {row.provider}"
 
 
-def _limited(title: str, entries: Iterable[str]) -> list[str]:
-    texts = [f"{title}  {entry}"[:160] for entry in entries]
+def limited(title: str, entries: Iterable[str], width: int = 160) -> list[str]:
+    """Return the first entries, a line each, and how many more there are."""
+    texts = [f"{title}  {entry}"[:width] for entry in entries]
     more = [f"{title}  and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return texts[:SHOWN] + more
 
@@ -68,7 +77,8 @@ def _times(method: Method, rows: Sequence[Row]) -> list[str]:
     header = "".join(f"{f'x {base}':>11}" for base in bases)
     width = max([27, *(len(row.case.name) + 1 for row in rows)])
     lines = [
-        f"{'case':<{width}}{'':<9}{'fused ms':>9}{header}{'launches':>9}{'saved MiB':>10}  runs as"
+        f"{'case':<{width}}{'':<9}{'fused ms':>9}{'model':>9}{'host ms':>9}{'roofline':>9}"
+        f"{header}{'launches':>9}{'saved MiB':>10}  runs as"
     ]
     ratios: dict[tuple[str, str], list[float]] = {}
     for row in (row for row in rows if row.provider == OURS):
@@ -88,8 +98,8 @@ def _times(method: Method, rows: Sequence[Row]) -> list[str]:
         launches = "-" if row.launches is None else str(row.launches)
         saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / MIB:.3f}"
         lines.append(
-            f"{row.case.name:<{width}}{direction:<9}{ms(row.timing.min_ms):>9}{cells}"
-            f"{launches:>9}{saved:>10}  {_plan(row)}"
+            f"{row.case.name:<{width}}{direction:<9}{ms(row.timing.min_ms):>9}{_more(row)}{cells}"
+            f"{launches:>9}{saved:>10}  {_plan(row)[:PLAN_WIDTH]}"
         )
     for direction in DIRECTIONS:
         found = [ratios.get((direction, base)) for base in bases]
@@ -97,8 +107,16 @@ def _times(method: Method, rows: Sequence[Row]) -> list[str]:
             f"{geometric_mean(each):>11.3f}" if each else f"{'-':>11}" for each in found
         )
         name = "fwd" if direction == FORWARD else "fwd+bwd"
-        lines.append(f"{'geometric mean':<{width}}{name:<9}{'':>9}{cells}")
+        lines.append(f"{'geometric mean':<{width}}{name:<9}{'':>36}{cells}")
     return lines
+
+
+def _more(row: Row) -> str:
+    """Return the predicted time, the host's, and the share of the roofline."""
+    predicted = predicted_ms(row)
+    model = "-" if predicted is None else ms(predicted)
+    share = "-" if row.roofline is None else f"{row.roofline:.0%}"
+    return f"{model:>9}{short(row.wall):>9}{share:>9}"
 
 
 def _find(rows: Sequence[Row], case: str, direction: str, provider: str) -> Row | None:
@@ -124,16 +142,3 @@ def _variants(rows: Sequence[Row]) -> list[str]:
             cells.append(f"{provider.removeprefix('triton:')} {both}")
         lines.append(f"{case:<27}" + "   ".join(cells))
     return lines
-
-
-def _ending(content: dict[str, Any], gates_failed: int) -> list[str]:
-    tests, machine = content["tests"], content["machine"]
-    counts = ", ".join(f"{number} {name}" for name, number in sorted(tests["counts"].items()))
-    commit = (machine["commit"] or "unknown")[:10] + (" (dirty)" if machine["dirty"] else "")
-    where = f"{machine['gpu']}, driver {machine['driver']}" if "gpu" in machine else machine["cpu"]
-    verdict = "ok" if tests["ok"] else "NOT OK"
-    return [
-        f"tests marked gpu: {verdict}: {counts or 'none ran'} ({tests['ended']}); "
-        f"gates failed: {gates_failed}; build: {content['build']['ended']}",
-        f"{where}; torch {machine['torch']}, triton {machine['triton']}, commit {commit}",
-    ]
