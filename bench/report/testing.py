@@ -19,7 +19,7 @@ from bench.report.stage import ROOT, Stage
 from bench.report.text import limited
 from bench.stages import Finished
 
-NAME, SECONDS, DRY_SECONDS = "tests", 420.0, 100.0
+NAME, SECONDS, DRY_SECONDS = "tests", 420.0, 150.0
 A_TEST_S = 60
 PATIENCE_S = 15.0  # to write what is known when the time is up
 # Emptied: the repository's own options belong to plugins that may be missing here, and to library

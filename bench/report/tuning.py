@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.report.stage import Stage
 
-NAME, SECONDS, DRY_SECONDS = "tune", 480.0, 40.0
+NAME, SECONDS, DRY_SECONDS = "tune", 480.0, 150.0
 LINES = 40
 
 
