@@ -31,13 +31,6 @@ PRECISIONS = ("bfloat16", "float32", "tf32")  # "tf32": float32 with its product
 PLANTED = {"planted:global": "memcheck", "planted:race": "racecheck"}
 # In the mangled names of this package's kernels, Triton's and the library's, and of the planted.
 KERNEL_NAMES = "^_[a-z_]+_kernel|^_ZN2pk"
-_RACE = """
-extern "C" __global__ void _planted_race_kernel(int* out) {
-  __shared__ int shared[64];
-  shared[threadIdx.x] = out[threadIdx.x];
-  out[threadIdx.x] = shared[(threadIdx.x + 33) % 64];
-}
-"""
 
 
 class Inputs:
@@ -72,15 +65,16 @@ def _train(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
 
 
 def _lora(given: Inputs, backend: str) -> None:
-    # Ragged, then of a form that tensor descriptors can name; then a few tokens, as in decoding.
+    # Ragged; of a form that tensor descriptors can name; a few tokens, as in decoding.
     m, k, n = given.size(300, 33), given.size(520, 40), given.size(776, 56)
     k_even, n_even = given.size(512, 64), given.size(768, 64)
-    for tokens, inner, outer, rank in ((m, k, n, 5), (m, k_even, n_even, 16), (3, k, n, 8)):
+    even = m, k_even, n_even, 16
+    for *sizes, p in ((m, k, n, 5, 0.1), (*even, 0.0), (*even, 0.1), (3, k, n, 8, 0.0)):
+        tokens, inner, outer, rank = sizes
         x, w = given.leaf(tokens, inner), given.leaf(outer, inner).detach()
         a, b, bias = given.leaf(rank, inner), given.leaf(outer, rank), given.leaf(outer)
-        for p in (0.0, 0.1):
-            y = lora_linear(x, w, a, b, bias, scale=2.0, dropout_p=p, backend=backend)
-            _train([y], [x, a, b, bias])
+        y = lora_linear(x, w, a, b, bias, scale=2.0, dropout_p=p, backend=backend)
+        _train([y], [x, a, b, bias])
 
 
 def _projections(given: Inputs, backend: str) -> None:
@@ -88,11 +82,10 @@ def _projections(given: Inputs, backend: str) -> None:
     widths = given.size(512, 64), given.size(256, 32), given.size(256, 32)
     x = given.leaf(m, k)
     ws = [given.leaf(n, k).detach() for n in widths]
-    for rank in (8, 20):  # in one launch, and what no grouped launch serves
+    for rank, p in ((8, 0.0), (8, 0.1), (20, 0.1)):  # the last is more than a group may have
         a, b = [given.leaf(rank, k) for _ in widths], [given.leaf(n, rank) for n in widths]
-        for p in (0.0, 0.1):
-            ys = lora_projections(x, ws, a, b, scales=2.0, dropout_p=p, backend=backend)
-            _train(ys, [x, *a, *b])
+        ys = lora_projections(x, ws, a, b, scales=2.0, dropout_p=p, backend=backend)
+        _train(ys, [x, *a, *b])
 
 
 def _dora(given: Inputs, backend: str) -> None:
@@ -107,12 +100,12 @@ def _dora(given: Inputs, backend: str) -> None:
 
 def _adapter(given: Inputs, backend: str) -> None:
     m, d = given.size(300, 33), given.size(528, 48)
-    for r in (16, 21, 300):  # whole blocks, ragged, and more than the fused launch takes
+    # Whole blocks, ragged, and more than the fused launch takes.
+    for r, p in ((16, 0.0), (16, 0.1), (21, 0.1), (300, 0.1)):
         x, down, up = given.leaf(m, d), given.leaf(r, d), given.leaf(d, r)
         biases = given.leaf(r), given.leaf(d)
-        for p in (0.0, 0.1):
-            y = adapter(x, down, up, *biases, activation="gelu", dropout_p=p, backend=backend)
-            _train([y], [x, down, up, *biases])
+        y = adapter(x, down, up, *biases, activation="gelu", dropout_p=p, backend=backend)
+        _train([y], [x, down, up, *biases])
 
 
 def _adapter_grouped(given: Inputs, backend: str) -> None:
@@ -173,27 +166,6 @@ def _forced(
     return within
 
 
-def _planted_global(given: Inputs, backend: str) -> None:
-    """Write behind the end of a tensor."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _planted_global_kernel(x_ptr, N):  # type: ignore[no-untyped-def]
-        tl.store(x_ptr + N + tl.arange(0, 128), 1.0)
-
-    x = given.leaf(128).detach()
-    _planted_global_kernel[(1,)](x, x.numel())
-    torch.cuda.synchronize()
-
-
-def _planted_race(given: Inputs, backend: str) -> None:
-    """Read what another warp writes to shared memory, without a barrier."""
-    kernel = torch.cuda._compile_kernel(_RACE, "_planted_race_kernel")
-    kernel((1, 1, 1), (64, 1, 1), (torch.zeros(64, dtype=torch.int32, device=given.device),))
-    torch.cuda.synchronize()
-
-
 _METHODS = {
     "lora": _lora, "projections": _projections, "dora": _dora, "adapter": _adapter,
     "adapter-grouped": _adapter_grouped, "prefix": _prefix, "prompt": _prompt,
@@ -211,7 +183,19 @@ KERNELS: dict[str, Callable[[Inputs, str], None]] = {
     "triton:drop": _drop,
     **{f"cuda:{name}": run for name, run in _METHODS.items()},
 }
-_WRONG = {"planted:global": _planted_global, "planted:race": _planted_race}
+
+
+def _planted(name: str) -> Callable[[Inputs, str], None]:
+    def run(given: Inputs, backend: str) -> None:
+        from bench import planted
+
+        wrong = {"planted:global": planted.write_behind_the_end, "planted:race": planted.race}
+        wrong[name](given.device)
+
+    return run
+
+
+_WRONG = {name: _planted(name) for name in PLANTED}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Puts what a GPU report measured among the committed results, and their tables into the README.
 
 ``python -m bench.report.committed OUT...`` merges the files of finished stages into
-``bench/results/<gpu>/rows.json`` and ``training.json`` and writes the README beside them anew.
+``bench/results/<gpu>/rows.json`` and ``training.json`` and writes the README beside them anew; the
+tiles that ``tune`` chose become ``tuned.json``, a file for PEFT_KERNELS_TILES.
 Without OUT it only writes that. Of a case, provider and direction the newest row stays, with the
 commit and the date that it was measured at; what was not run takes no row away.
 """
@@ -123,6 +124,10 @@ def write(folder: Path, outs: Sequence[Path] = ()) -> None:
                 stage = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
                 path = folder / f"{kind}.json"
                 store.replace(path, merge(load(path, kind), stage))
+        if (out / "tune.json").exists():
+            stage = json.loads((out / "tune.json").read_text(encoding="utf-8"))
+            if stage.get("table") and not stage["dry_run"]:
+                store.replace(folder / "tuned.json", stage["table"])
     page = folder / "README.md"
     if page.exists():
         page.write_text(readme.fill(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     """Merge the folders of reports, each into the results of its GPU."""
     outs = [Path(each) for each in arguments]
     for out in outs:
-        files = [out / f"{name}.json" for name in (*METHODS, "training")]
+        files = [out / f"{name}.json" for name in (*METHODS, "training", "tune")]
         found = [json.loads(each.read_text(encoding="utf-8")) for each in files if each.exists()]
         if not found or "gpu" not in found[0]["machine"]:
             print(f"{out} holds no times of a GPU report", file=sys.stderr)

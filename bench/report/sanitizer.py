@@ -22,8 +22,8 @@ from bench.report.stage import Stage
 from bench.report.text import limited
 
 NAME, SECONDS, DRY_SECONDS = "sanitizer", 480.0, 150.0
-TOOLS = {"memcheck": 120.0, "racecheck": 200.0}  # the most that one process may take
-SIDE_BY_SIDE = 6
+TOOLS = {"memcheck": 200.0, "racecheck": 240.0}  # the most that one process may take
+SIDE_BY_SIDE = 12  # most of a run is Python and the compiler, which have one core
 SHOWN = 3  # errors of each run
 OPTIONS = [
     # ptxas and other children use no GPU. A broken call shows itself by an exception.
@@ -114,7 +114,8 @@ def read(which: str, name: str, text: str, ended: str) -> dict[str, Any]:
         ended: how, if not well.
     """
     summary = _SUMMARY.findall(text)
-    numbers = re.findall(r"(\d+) errors?\b", summary[-1]) if summary else []
+    # A second summary counts those that were not printed.
+    numbers = [int(each) for line in summary for each in re.findall(r"(\d+) errors?\b", line)]
     ran = re.findall(r"^ran (\S+) (\S+): ?(.*)$", text, re.MULTILINE)
     lines = [line.removeprefix("=========").strip() for line in text.splitlines()]
     marks = ("Invalid ", "Error:", "Race reported", "Warning:", "Target application", "Misaligned ")
@@ -126,7 +127,7 @@ def read(which: str, name: str, text: str, ended: str) -> dict[str, Any]:
     if not first and not numbers:
         first = [line[:240] for line in lines if line][-SHOWN:]
     return {
-        "tool": which, "name": name, "errors": int(numbers[0]) if numbers else None,
+        "tool": which, "name": name, "errors": max(numbers, default=None),
         "summary": summary[-1] if summary else None, "ended": ended,
         "ran": [f"{kernel} {precision}" for kernel, precision, _ in ran],
         "launched": sorted({each for *_, launched in ran for each in launched.split()}),

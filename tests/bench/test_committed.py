@@ -128,7 +128,10 @@ def test_files_of_a_report_become_those_of_its_gpu(
     (out / "lora.json").write_text(json.dumps(stage(row("fused", 2.0), row("factored", 1.0))))
     new = [Result(CASES[0].name, COMPILED, "", 20.0, 2.0, 1.5, [1.0]).__dict__]
     (out / "training.json").write_text(json.dumps(stage(*new) | {"stage": "training"}))
+    tuned = {"format": 1, "tiles": {"some": "tile"}}
+    (out / "tune.json").write_text(json.dumps(stage() | {"stage": "tune", "table": tuned}))
     assert committed.main([str(out)]) == 0
+    assert json.loads((home / "tuned.json").read_text()) == tuned
     text = (home / "README.md").read_text()
     assert "old" not in text and text.startswith("Figures\n") and text.endswith("more\n")
     assert f"- {CASE.name}, forward: 2.00 of factored" in text

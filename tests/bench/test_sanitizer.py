@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from bench import sanitizer_run
 from bench.report import sanitizer
 from bench.report.stage import Stage
 from bench.sanitizer_run import KERNELS, PLANTED
+from bench.store import ROOT
 from peft_kernels.core import cuda_library, triton_runtime
 
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -148,3 +152,29 @@ def test_together_they_launch_every_triton_kernel_of_the_package() -> None:
     kernels = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (_\w+_kernel)\(", text)
     assert launched == set(kernels) and len(kernels) > 15
     assert all(re.match(sanitizer_run.KERNEL_NAMES, each) for each in kernels)
+
+
+def test_what_is_not_printed_is_counted_and_no_smaller_number_hides_it() -> None:
+    more = "========= ERROR SUMMARY: 2 errors were not printed. Use --print-limit to see them\n"
+    assert sanitizer.read("memcheck", "triton:drop", MEMCHECK + more, "")["errors"] == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself is run")
+def test_the_planted_kernel_compiles_under_a_name_that_is_watched(tmp_path: Path) -> None:
+    code = (
+        "from triton import compile\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from triton.compiler import ASTSource\n"
+        "from bench.planted import _planted_global_kernel as kernel\n"
+        "source = ASTSource(kernel, {'x_ptr': '*fp32', 'N': 'i32'}, {})\n"
+        "print(compile(source, target=GPUTarget('cuda', 90, 32)).metadata.name)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "_planted_global_kernel"
+    assert re.match(sanitizer_run.KERNEL_NAMES, done.stdout)
