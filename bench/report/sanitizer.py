@@ -59,7 +59,7 @@ def run(stage: Stage) -> None:
         return
     if tool is None:
         stage.end(False, "compute-sanitizer not found on PATH or in CUDA_HOME: nothing was checked")
-        print(f"sanitizer: {stage.content['ended']}")
+        stage.show(f"sanitizer: {stage.content['ended']}")
         return
     missing = []
     if cuda_library.build_info() is None:
@@ -184,7 +184,7 @@ def _finish(stage: Stage, runs: list[dict[str, Any]], missing: list[str]) -> Non
     lines += limited("SANITIZER", [*wrong, *missing], width=400)
     stage.add(runs=runs, missing=missing)
     stage.end(bool(runs) and not wrong and not missing, f"{len(wrong) + len(missing)} runs not ok")
-    print("\n".join(lines))
+    stage.show("\n".join(lines))
 
 
 def _planted(found: dict[str, Any]) -> bool:

@@ -80,6 +80,12 @@ class Stage:
             head, tail = text[: MOST_LOG_BYTES // 8], text[-MOST_LOG_BYTES * 7 // 8 :]
             self.log.write_bytes(head + b"\n... cut ...\n" + tail)
 
+    def show(self, text: str) -> None:
+        """Print the stage's table, and keep it at the end of the log."""
+        print(text, flush=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
+
     def run(
         self,
         what: str,
@@ -102,11 +108,12 @@ class Stage:
             program: what is run: this Python.
             given: more of its environment.
         """
-        print(f"{what} ...", flush=True)
+        if log is None:
+            print(f"{what} ...", flush=True)
         limit = min(seconds, self.left())
         done = run_stage(
             [program, *command], log or self.log, limit, environment(self.dry) | given, ROOT,
             patience_s,
         )  # fmt: skip
-        print(f"{what}: {done}, log in {log or self.log}", flush=True)
+        print(f"{what}: {done}" + ("" if log else f", log in {self.log}"), flush=True)
         return done

@@ -62,7 +62,9 @@ def run(stage: Stage) -> None:
     _shorten(stage.log)
     stage.end(ok, str(worst))
     said = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
-    print("\n".join([f"tests marked gpu: {said or 'none ran'}", *limited("TEST FAILED", failed)]))
+    stage.show(
+        "\n".join([f"tests marked gpu: {said or 'none ran'}", *limited("TEST FAILED", failed)])
+    )
 
 
 Outcomes = tuple[Counter[str], list[str]]

@@ -30,7 +30,7 @@ def run(stage: Stage) -> None:
     items = len(stage.content["done"])
     said = [f"{items} items timed", f"{len(crashed)} crashed", f"{len(not_run)} not run"]
     stage.end(ok and items > 0, ", ".join(said))
-    print(text)
+    stage.show(text)
 
 
 def _measure(stage: Stage, state_path: Path) -> None:

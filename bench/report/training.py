@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
     timed = sum(each.step_ms is not None for each in results)
     ok = timed > 0 and not any(failed(each) for each in results)
     stage.end(ok, f"{timed} of {len(results)} timed")
-    print(table(results))
+    stage.show(table(results))
 
 
 def _measure(stage: Stage, path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.report.stage import Stage
 
-NAME, SECONDS, DRY_SECONDS = "tune", 480.0, 150.0
+NAME, SECONDS, DRY_SECONDS = "tune", 480.0, 30.0
 LINES = 40
 
 
@@ -17,7 +17,7 @@ def run(stage: Stage) -> None:
     """Run the module, keep its JSON as ``table``, and print the end of what it printed."""
     if importlib.util.find_spec("bench.tune") is None:
         stage.end(True, "there is no bench.tune in this tree: nothing was tuned")
-        print(f"tune: {stage.content['ended']}")
+        stage.show(f"tune: {stage.content['ended']}")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
