@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.method import DIRECTIONS, FORWARD, MAIN, OURS, VARIANTS, Method
 from bench.methods import METHODS
-from bench.rows import FAILED, TIMED
+from bench.rows import FAILED, NOT_RUN, TIMED
 from bench.training import APART, CASES, COMPILED, EAGER
 from bench.training import OURS as ACCELERATED
 
@@ -67,10 +67,11 @@ def _variant_names(method: Method) -> list[str]:
 
 
 def _providers(method: Method, rows: Rows) -> list[str]:
-    """Return who was measured, in the order of the report, ours last."""
+    """Return who was measured or failed, in the order of the report, ours last."""
     known = [each.name for each in method.gpu[MAIN]]
     apart = {*_variant_names(method), ALL, ALL_VARIANTS}
-    found = [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in apart]
+    ran = dict.fromkeys(row["provider"] for row in rows if row["status"] != NOT_RUN)
+    found = [name for name in ran if name not in apart]
     order = [name for name in known if name in found and name != OURS]
     order += [name for name in found if name not in known]
     return [*order, OURS]

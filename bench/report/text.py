@@ -73,8 +73,10 @@ def limited(title: str, entries: Iterable[str], width: int = 160) -> list[str]:
 
 def _times(method: Method, rows: Sequence[Row]) -> list[str]:
     """Return a line per case and direction, and the geometric means of the ratios."""
-    bases = [each.name for each in method.gpu[MAIN] if each.name != OURS]
-    header = "".join(f"{f'x {base}':>11}" for base in bases)
+    timed = {row.provider for row in rows if row.timing is not None}
+    bases = [each.name for each in method.gpu[MAIN] if each.name != OURS and each.name in timed]
+    widths = {base: max(11, len(base) + 4) for base in bases}
+    header = "".join(f"{f'x {base}':>{widths[base]}}" for base in bases)
     width = max([27, *(len(row.case.name) + 1 for row in rows)])
     lines = [
         f"{'case':<{width}}{'':<9}{'fused ms':>9}{'model':>9}{'host ms':>9}{'roofline':>9}"
@@ -90,11 +92,11 @@ def _times(method: Method, rows: Sequence[Row]) -> list[str]:
         for base in bases:
             other = _find(rows, row.case.name, row.direction, base)
             if other is None or other.timing is None:
-                cells += f"{'-':>11}"
+                cells += f"{'-':>{widths[base]}}"
                 continue
             value = row.timing.min_ms / other.timing.min_ms
             ratios.setdefault((row.direction, base), []).append(value)
-            cells += f"{value:>11.3f}"
+            cells += f"{value:>{widths[base]}.3f}"
         launches = "-" if row.launches is None else str(row.launches)
         saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / MIB:.3f}"
         lines.append(
@@ -102,9 +104,10 @@ def _times(method: Method, rows: Sequence[Row]) -> list[str]:
             f"{launches:>9}{saved:>10}  {_plan(row)[:PLAN_WIDTH]}"
         )
     for direction in DIRECTIONS:
-        found = [ratios.get((direction, base)) for base in bases]
+        found = [(base, ratios.get((direction, base))) for base in bases]
         cells = "".join(
-            f"{geometric_mean(each):>11.3f}" if each else f"{'-':>11}" for each in found
+            f"{f'{geometric_mean(each):.3f}' if each else '-':>{widths[base]}}"
+            for base, each in found
         )
         name = "fwd" if direction == FORWARD else "fwd+bwd"
         lines.append(f"{'geometric mean':<{width}}{name:<9}{'':>36}{cells}")

@@ -89,13 +89,15 @@ def test_a_case_that_raised_is_there_until_it_runs() -> None:
 def test_baselines_beside_the_variants_do_not_replace_those_of_the_case() -> None:
     beside = [row("frozen", 9.0, group="variants"), row("triton:split", 4.0, group="variants")]
     broken = row("all", None, FAILED, group="variants")
-    content = merge(empty(), stage(row("frozen", 1.0), row("fused", 2.0), *beside, broken))
+    absent = row("somebody", None, NOT_RUN)
+    main = row("frozen", 1.0), absent, row("fused", 2.0)
+    content = merge(empty(), stage(*main, *beside, broken))
     assert times(content) == {
-        "frozen": 1.0, "fused": 2.0, "triton:split": 4.0, "all variants": None
+        "frozen": 1.0, "somebody": None, "fused": 2.0, "triton:split": 4.0, "all variants": None
     }  # fmt: skip
     made = readme.rows_section(content["rows"])
     assert f"| {CASE.name} | 1.000 | 2.000 | - | - | 0123456 |" in made
-    assert "| split, forward |" in made and "| 4.000 |" in made
+    assert "somebody" not in made and "| split, forward |" in made and "| 4.000 |" in made
 
 
 def test_what_means_nothing_here_is_refused() -> None:

@@ -60,6 +60,13 @@ def test_the_table_is_short_and_right() -> None:
     assert re.search(r"gpu, forward: x frozen +<= 1\.05 +1\.020 +yes", printed)
 
 
+def test_a_baseline_that_no_case_could_run_has_no_column() -> None:
+    names = {name: factor for name, factor in FACTORS.items() if name != "factored"}
+    header = timing_text(content(rows=_rows("main", names)))[0].splitlines()[0]
+    assert "x factored" in timing_text(content())[0].splitlines()[0]
+    assert "x frozen" in header and "x factored" not in header
+
+
 def test_what_is_predicted_stands_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(predicted_ms=lambda row: 7.5 if "M16" in row.case.name else None)
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: name)
