@@ -37,6 +37,17 @@ def test_machine_says_what_a_number_depends_on() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_a_copy_without_git_has_the_commit_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_git", lambda *arguments: None)
+    for name in ("COMMIT", "PEFT_KERNELS_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    assert store.machine(torch.device("cpu"))["commit"] is None
+    monkeypatch.setenv("COMMIT", "abc")
+    assert store.machine(torch.device("cpu"))["commit"] == "abc"
+    monkeypatch.setenv("PEFT_KERNELS_COMMIT", "def")
+    assert store.machine(torch.device("cpu"))["commit"] == "def"
+
+
 def test_results_are_never_overwritten(tmp_path: Path) -> None:
     paths = [store.write_new(tmp_path / "new", "same", {"run": run}) for run in range(3)]
     assert [path.name for path in paths] == ["same.json", "same-2.json", "same-3.json"]
