@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 
 def seen(length: int, shift: int) -> Callable[..., Tensor]:
-    """Return which keys a query sees: the prefix, and causally what is ``shift`` before it."""
+    """Return which keys a query sees: all ``length`` of the prefix, and those not after it.
+
+    Args:
+        length: of the prefix; its keys come first, so that none is after any query.
+        shift: how many of the sequence's keys come before the first query.
+    """
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key < length) | (key - length <= query + shift)
+        return key <= query + length + shift
 
     return mask_mod
 
