@@ -271,6 +271,6 @@ def xformers(patch: pytest.MonkeyPatch, wrong: float = 1.0) -> None:
     )  # fmt: skip
 
 
-def on_cuda(case: Any) -> Any:
-    """Return a problem without tensors, as ``why_not`` sees one on a GPU."""
-    return SimpleNamespace(case=case, dy=SimpleNamespace(device=torch.device("cuda")))
+def without_tensors(case: Any, device: str = "cuda") -> Any:
+    """Return a problem as ``why_not`` sees it."""
+    return SimpleNamespace(case=case, dy=SimpleNamespace(device=torch.device(device)))

@@ -118,6 +118,17 @@ def test_pefts_own_layer_passes(case: Any) -> None:
 
 
 @pytest.mark.external
+def test_peft_is_measured_on_a_cpu_where_it_takes_no_seconds() -> None:
+    def on(device: str, case: Any) -> str | None:
+        return peft.LORA.why_not(stand_ins.without_tensors(case, device))
+
+    cases = {case.name: case for case in METHODS["lora"].cases}
+    large, small = cases["1024x4096x4096 fp32 p0"], cases["2048x2048x2048 fp32 p0"]
+    assert "smaller shapes" in (on("cpu", large) or "")
+    assert on("cpu", small) is on("cuda", large) is None
+
+
+@pytest.mark.external
 def test_peft_draws_its_own_dropout_when_it_is_timed() -> None:
     dropped, plain = (peft.LORA.build(lora_problem(case, CPU), None) for case in (DROPPED, SMALL))
     assert not torch.equal(dropped(), dropped()) and torch.equal(plain(), plain())
@@ -185,7 +196,7 @@ def test_what_a_peer_cannot_compute_is_not_run(monkeypatch: pytest.MonkeyPatch) 
     wide = replace(NARROW_DROPPED, in_features=512, out_features=256, rank=16)
 
     def reason(provider: Provider, case: Any) -> str:
-        return provider.why_not(stand_ins.on_cuda(case)) or ""
+        return provider.why_not(stand_ins.without_tensors(case)) or ""
 
     assert reason(nemo_automodel.LORA, replace(SMALL, rank=256)).startswith("needs rank <= 128")
     assert not reason(nemo_automodel.LORA, replace(SMALL, rank=128))
