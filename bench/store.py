@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench import third_party
 from peft_kernels import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "numpy": versions["numpy"],
         "threads": torch.get_num_threads(),
         "device": device.type,
+        "third_parties": third_party.present(),
     }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)

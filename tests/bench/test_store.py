@@ -136,7 +136,7 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     timed = by_suite["cpu"] + by_suite["host"]
     # Cases, directions, providers without torch.compile.
     rows_of = {
-        "lora": (8 + 2) * 2 * 4, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
+        "lora": (8 + 2) * 2 * 5, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
         "prompt": 6 * 2 * 3,
     }  # fmt: skip
     assert Counter(row["op"] for row in timed) == rows_of
@@ -154,7 +154,8 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert ("lora", "saved for backward beyond x: MiB") in targets
     assert {op for op, _ in targets} == set(rows_of)
     assert len(content["host_profile"]) == 4 + 2
-    for words in ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path)):
+    words_of_all = ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path))
+    for words in (*words_of_all, "third parties: peft "):
         assert words in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
