@@ -19,7 +19,7 @@ import peft_kernels
 ROOT = Path(__file__).resolve().parent.parent
 INHERITED = {"ARGS", "JOBS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTHON", "VENV"}
 INHERITED |= {"VENV_ADAPTERS"}
-PREPARED = ("demo", "test", "lint", "bench")
+PREPARED = ("demo", "test", "lint", "docs", "bench")
 
 
 @pytest.fixture(scope="module")
