@@ -95,6 +95,8 @@ def _turned(text: str, file: Path, page: str) -> str:
         label, target, anchor = found[1], found[2], found[3] or ""
         path = Path(os.path.normpath(file.parent / target)).relative_to(ROOT).as_posix()
         docs = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path)
+        if docs == page:
+            return f"[{label}]({anchor})" if anchor else label
         if docs is None:
             return label if label == path else f"{label} (`{path}`)"
         return f"[{label}]({os.path.relpath(docs, os.path.dirname(page) or '.')}{anchor})"

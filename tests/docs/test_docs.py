@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 import subprocess
@@ -147,10 +148,10 @@ def test_a_section_is_included_with_its_headings_below_the_page(
 
 
 def test_links_of_what_is_included_lead_to_pages(include: ModuleType) -> None:
-    text = "[a](../../CHANGELOG.md#x) [b](../../setup.py) [c](#d)"
+    text = "[a](../../CHANGELOG.md#x) [b](../../setup.py) [c](#d) [e](../../docs/methods/lora.md)"
     file = ROOT / "peft_kernels" / "lora" / "README.md"
     turned = include._turned(text, file, "methods/lora.md")
-    assert turned == "[a](../changelog.md#x) b (`setup.py`) [c](#d)"
+    assert turned == "[a](../changelog.md#x) b (`setup.py`) [c](#d) e"
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +168,26 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_site_has_every_page_with_maths_and_tables(site: Path) -> None:
+def _text(page: Path) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
+
+
+def test_the_site_has_every_page(site: Path) -> None:
     found = {str(path.relative_to(site).parent) for path in site.rglob("index.html")}
     wanted = {str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md")}
-    assert wanted - {"index"} == found - {"."}
-    lora = (site / "methods" / "lora" / "index.html").read_text(encoding="utf-8")
-    assert "y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ" in re.sub(r"<[^>]+>", "", lora)
-    assert "<table>" in lora and "include&quot;" not in lora
+    assert found - {"."} == wanted - {"index"}
+
+
+def test_the_site_shows_maths_tables_and_examples(site: Path) -> None:
+    page = site / "methods" / "lora" / "index.html"
+    shown = _text(page)
+    assert "y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ" in shown
+    assert ">>> layer(torch.randn(4, 32)).shape\ntorch.Size([4, 16])" in shown
+    assert "<table>" in page.read_text(encoding="utf-8")
+    # Neither an include left as a link, nor what docs/docstrings.py takes out.
+    assert '"include"' not in shown and "Make the layer" not in shown
+    attributes = shown[shown.index("Attributes:") : shown.index("Raises:")]
+    assert "lora_A" in attributes and "Parameter" not in attributes
 
 
 def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
