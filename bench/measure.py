@@ -21,6 +21,10 @@ Call = Callable[[], object]
 _BLOCKER_BYTES = 1 << 29
 _LEAST_BLOCK_S = 60e-6
 
+# A minimum has settled when this many rounds in a row lowered none by more than this share.
+_SETTLED_ROUNDS = 25
+_SETTLED_SHARE = 0.003
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,11 +55,11 @@ def wall_times(
     shortest_sample_s: float = 0.002,
     synchronize: Call | None = None,
 ) -> dict[str, Timing]:
-    """Time host calls by the wall clock.
+    """Time host calls by the wall clock, until every minimum has settled or the time is over.
 
     Args:
         calls: what is timed, by name.
-        seconds: roughly how long, over all calls.
+        seconds: roughly how long at most, over all calls.
         rounds: least and most rounds whatever ``seconds`` says; each round times every call once.
         shortest_sample_s: calls faster than this are repeated within a sample.
         synchronize: waits for the device after each sample, where there is one.
@@ -71,13 +75,14 @@ def wall_times(
 
     repeats, round_s = {}, 0.0
     for name, call in calls.items():
-        estimate = min(sample(call, 1) for _ in range(2))
-        if estimate < 10 * shortest_sample_s:  # a long call is warm by now
-            estimate = min(sample(call, 1) for _ in range(3))
+        estimate = sample(call, 1)
+        if estimate < 10 * shortest_sample_s:  # how cold a long call is decides nothing
+            estimate = min(sample(call, 1) for _ in range(4))
         repeats[name] = max(1, math.ceil(shortest_sample_s / max(estimate, 1e-7)))
         round_s += estimate * repeats[name]
     total = min(rounds[1], max(rounds[0], int(seconds / max(round_s, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    least, lowered = dict.fromkeys(calls, math.inf), 0
     names = list(calls)
     collecting = gc.isenabled()
     gc.disable()
@@ -85,7 +90,12 @@ def wall_times(
         for index in range(total):
             first = index % len(names)  # nobody always runs after the same neighbour
             for name in names[first:] + names[:first]:
-                samples[name].append(1e3 * sample(calls[name], repeats[name]))
+                taken = 1e3 * sample(calls[name], repeats[name])
+                samples[name].append(taken)
+                if taken < (1 - _SETTLED_SHARE) * least[name]:
+                    least[name], lowered = taken, index
+            if index >= max(rounds[0], lowered + _SETTLED_ROUNDS):
+                break
     finally:
         if collecting:
             gc.enable()
