@@ -21,7 +21,8 @@ Call = Callable[[], object]
 _BLOCKER_BYTES = 1 << 29
 _LEAST_BLOCK_S = 60e-6
 
-# A minimum has settled when this many rounds in a row lowered none by more than this share.
+# Minima have settled when this many rounds in a row lowered none by more than this share, half of
+# the time being over: neighbours come and go.
 _SETTLED_ROUNDS = 25
 _SETTLED_SHARE = 0.003
 
@@ -94,7 +95,7 @@ def wall_times(
                 samples[name].append(taken)
                 if taken < (1 - _SETTLED_SHARE) * least[name]:
                     least[name], lowered = taken, index
-            if index >= max(rounds[0], lowered + _SETTLED_ROUNDS):
+            if index >= max(rounds[0], total // 2, lowered + _SETTLED_ROUNDS):
                 break
     finally:
         if collecting:

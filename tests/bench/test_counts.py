@@ -165,10 +165,11 @@ def test_wall_times_end_when_every_minimum_has_settled(monkeypatch: pytest.Monke
     clock = Clock()
     monkeypatch.setattr(measure, "time", clock)
     steady = {"one": clock.call([0.1]), "two": clock.call([0.2])}
-    assert wall_times(steady, 1000.0)["one"].samples == measure._SETTLED_ROUNDS + 1
+    assert wall_times(steady, 0.3 * 30)["one"].samples == measure._SETTLED_ROUNDS + 1
+    assert wall_times(steady, 0.3 * 100)["one"].samples == 100 // 2 + 1
     # A first sample is the estimate; the twentieth round is faster than all before.
     late = {"one": clock.call([0.1]), "two": clock.call([0.2] * 20 + [0.15])}
-    found = wall_times(late, 1000.0)["two"]
+    found = wall_times(late, 0.3 * 80)["two"]
     assert found.min_ms == pytest.approx(150.0)
     assert found.samples == 19 + measure._SETTLED_ROUNDS + 1
 
