@@ -126,7 +126,8 @@ def table(found: Sequence[HostTime], baseline: Baseline | None = None) -> str:
     ]
     for each in found:
         past = known.get((each.case, each.direction))
-        ratio, calls = ("-", "-") if past is None else (f"{past.ratio:.2f}", _calls(past))
+        same = past is not None and past.plan == each.plan  # of another backend it says nothing
+        ratio, calls = (f"{past.ratio:.2f}", _calls(past)) if past and same else ("-", "-")
         lines.append(
             f"  {f'{each.case}, {each.direction}':<58}{each.ours_us:>8.1f}{each.eager_us:>10.1f}"
             f"{each.ratio:>9.2f}{ratio:>11}{_calls(each):>9}{calls:>11}"

@@ -81,8 +81,8 @@ def _panel(
     axis.set_xscale("log")
     axis.set_yscale("log")
     ridge = 1e3 * peaks.tflops / peaks.gigabytes_per_s
-    low, high = axis.get_xlim()
-    low, high = min(low, ridge / 30), max(high, 4 * ridge)
+    known = [place[0] for row in rows if (place := point(row)) is not None]
+    low, high = min([*known, ridge / 30]) / 1.6, max([*known, 4 * ridge]) * 1.6
     intensities = [low, ridge, high]
     roof = [min(1e3 * peaks.tflops, peaks.gigabytes_per_s * each) for each in intensities]
     axis.plot(intensities, roof, color="black", linewidth=1.2, zorder=2)

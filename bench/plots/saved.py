@@ -43,8 +43,8 @@ def draw(content: dict[str, Any]) -> Any:
     axes[-1, 0].set_xlabel("MiB", fontsize=9)
     names = [style.label(name) for name in styles if style.label(name) in legend]
     figure.legend(
-        [legend[name] for name in names], names, loc="outside lower center", ncols=len(names),
-        frameon=False, fontsize=9,
+        [legend[name] for name in names], names, loc="outside lower center", frameon=False,
+        ncols=min(len(names), 6), fontsize=9,
     )  # fmt: skip
     figure.suptitle(
         style.title(content, f"Saved for backward beyond x and the parameters{small}"),

@@ -8,6 +8,8 @@ from bench.method import DIRECTIONS, OURS
 from bench.plots import style
 from bench.plots.style import Row
 
+_FINE = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+_COARSE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 _INCHES_A_CASE, _INCHES_A_PANEL = 0.27, 0.75
 
 
@@ -96,7 +98,8 @@ def _panel(
         axis.text(1.02, place, words, transform=right, fontsize=7.5, va="center")
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 8.0)))
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=_FINE if high < 3.5 * low else _COARSE))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.spines[["top", "right"]].set_visible(False)
@@ -114,6 +117,6 @@ def _legend(figure: Any, styles: dict[str, tuple[str, str]]) -> None:
         if name != OURS
     ]  # fmt: skip
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9,
-        title="ours is this many times faster than", title_fontsize=9,
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False,
+        fontsize=9, title="ours is this many times faster than", title_fontsize=9,
     )  # fmt: skip
