@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import host_baseline
-from bench.host_baseline import MARGIN, SLACK, Baseline
+from bench.host_baseline import ELSEWHERE, MARGIN, SLACK, Baseline, Setting
 from bench.hosttime import HostTime, count_calls
 from bench.method import DIRECTIONS, OURS, Case, Provider
 from bench.methods import METHODS, method_of
@@ -68,41 +67,46 @@ def _slowed(case: Case, work: Callable[[], object]) -> list[HostTime]:
     return host_baseline.measure(case, seconds=1.0, ours=slowed)
 
 
-@compiled
+def _now(case: Case) -> Baseline:
+    """Return what would be committed here and now."""
+    found = host_baseline.measure(case, seconds=1.0)
+    return Baseline(Setting.here(), {(each.case, each.direction): each for each in found})
+
+
 @every
-def test_calls_added_by_hand_are_noticed(case: Case, committed: Baseline) -> None:
+def test_calls_added_by_hand_are_noticed(case: Case) -> None:
     def work() -> None:
         for _ in range(SLACK):
             nothing()
 
     def nothing() -> None: ...
 
+    before = _now(case)
     for each in _slowed(case, work):
-        said = committed.complaints(each)
+        said = before.complaints(each)
         assert any("python calls" in words and each.direction in words for words in said), said
 
 
-@compiled
 @every
-def test_time_added_by_hand_is_noticed(case: Case, committed: Baseline) -> None:
+def test_time_added_by_hand_is_noticed(case: Case) -> None:
     """Half as much again as ours takes, in one call."""
-    longest = max(committed.times[case.name, each].ours_us for each in DIRECTIONS)
+    before = _now(case)
+    longest_ns = 1e3 * max(each.ours_us for each in before.times.values())
 
     def work() -> None:
-        end = time.perf_counter_ns() + 500 * longest
+        end = time.perf_counter_ns() + longest_ns / 2
         while time.perf_counter_ns() < end:
             pass
 
     for each in _slowed(case, work):
-        assert any("of eager's" in words for words in committed.complaints(each)), each
+        assert any("of eager's" in words for words in before.complaints(each)), each
 
 
 KNOWN = HostTime("small", "forward", "cpp", 20.0, 10.0, 2.0, 30, 40)
 
 
-def _baseline(python: str = "", version: str = "") -> Baseline:
-    mine, its = host_baseline._versions()
-    return Baseline(python or mine, version or its, {("small", "forward"): KNOWN})
+def _baseline(**other: str) -> Baseline:
+    return Baseline(replace(Setting.here(), **other), {("small", "forward"): KNOWN})
 
 
 def test_complaints_begin_beyond_what_is_allowed() -> None:
@@ -122,9 +126,16 @@ def test_microseconds_alone_are_not_compared() -> None:
 def test_other_versions_of_python_and_torch_may_call_some_more() -> None:
     more = replace(KNOWN, python_calls=39)
     assert _baseline().complaints(more) != []
-    for other in (_baseline(python="3.9"), _baseline(version="2.0.0")):
+    for other in (_baseline(python="3.9"), _baseline(torch="2.0.0")):
         assert other.complaints(more) == []
         assert other.complaints(replace(more, python_calls=42)) != []
+
+
+def test_on_another_cpu_the_ratio_may_move_further_and_the_calls_may_not() -> None:
+    other = _baseline(cpu="Another CPU")
+    assert other.complaints(replace(KNOWN, ratio=2.0 * MARGIN * ELSEWHERE)) == []
+    assert other.complaints(replace(KNOWN, ratio=2.01 * MARGIN * ELSEWHERE)) != []
+    assert other.complaints(replace(KNOWN, python_calls=31 + SLACK)) != []
 
 
 def test_count_calls_counts_each_kind() -> None:
@@ -143,7 +154,7 @@ def test_write_gives_what_read_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = host_baseline.write(tmp_path / "host.json")
     found = host_baseline.read(path)
     assert list(found.times) == [(CASES[0].name, each) for each in DIRECTIONS]
-    assert json.loads(path.read_text(encoding="utf-8"))["cpu"]
+    assert found.setting == Setting.here()
     text = host_baseline.table(list(found.times.values()), found)
     assert CASES[0].name in text and f"{found.times[CASES[0].name, 'forward'].ratio:.2f}" in text
 
