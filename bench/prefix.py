@@ -354,7 +354,7 @@ METHOD = Method(
     providers=(EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
     work=work,
     targets=_targets(),
-    seconds={CPU: 5.0, HOST: 3.0, GPU: 4.0},
+    seconds={CPU: 4.0, HOST: 2.0, GPU: 4.0},
     gpu={MAIN: (EAGER, FLASH, replace(fused("triton"), name=OURS))},
     columns={"compile": "torch.compile", "fused": "peft_kernels"},
     title="prefix: batch, heads/kv heads, tokens, prefix length, head size, dtype",

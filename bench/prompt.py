@@ -249,7 +249,7 @@ METHOD = Method(
     targets=tuple(
         _target(case, each) for case in CASES if case.suite in (CPU, GPU) for each in DIRECTIONS
     ),
-    seconds={CPU: 3.0, HOST: 3.0, GPU: 4.0},
+    seconds={CPU: 2.5, HOST: 2.0, GPU: 4.0},
     gpu={MAIN: (PEFT, EAGER, replace(fused("triton"), name=OURS))},
     columns={"peft": "peft's form", "compile": "torch.compile", "fused": "peft_kernels"},
     title="prompt: batch, tokens, prompt length, width, dtype",

@@ -129,7 +129,7 @@ METHOD = Method(
     providers=(*baselines.BASELINES, FUSED),
     work=work,
     targets=_targets(),
-    seconds={CPU: 8.0, HOST: 3.0, GPU: 4.0},
+    seconds={CPU: 8.0, HOST: 2.0, GPU: 4.0},
     gpu={
         MAIN: (FROZEN, EAGER, FACTORED, TRITON),
         VARIANTS: (FROZEN, EAGER, *baselines.VARIANTS),
