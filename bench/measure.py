@@ -21,6 +21,13 @@ Call = Callable[[], object]
 _BLOCKER_BYTES = 1 << 29
 _LEAST_BLOCK_S = 60e-6
 
+# Minima have settled when this many rounds in a row lowered none by more than this share, half of
+# the time being over: neighbours come and go.
+_SETTLED_ROUNDS = 25
+_SETTLED_SHARE = 0.003
+# Calls of a few milliseconds are made several times before one is taken for typical.
+_WARM_S = 0.1
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,11 +58,11 @@ def wall_times(
     shortest_sample_s: float = 0.002,
     synchronize: Call | None = None,
 ) -> dict[str, Timing]:
-    """Time host calls by the wall clock.
+    """Time host calls by the wall clock, until every minimum has settled or the time is over.
 
     Args:
         calls: what is timed, by name.
-        seconds: roughly how long, over all calls.
+        seconds: roughly how long at most, over all calls.
         rounds: least and most rounds whatever ``seconds`` says; each round times every call once.
         shortest_sample_s: calls faster than this are repeated within a sample.
         synchronize: waits for the device after each sample, where there is one.
@@ -69,23 +76,31 @@ def wall_times(
         wait()
         return (time.perf_counter() - start) / repeats
 
-    repeats, round_s = {}, 0.0
+    repeats = {}
     for name, call in calls.items():
-        estimate = min(sample(call, 1) for _ in range(2))
-        if estimate < 10 * shortest_sample_s:  # a long call is warm by now
-            estimate = min(sample(call, 1) for _ in range(3))
-        repeats[name] = max(1, math.ceil(shortest_sample_s / max(estimate, 1e-7)))
-        round_s += estimate * repeats[name]
-    total = min(rounds[1], max(rounds[0], int(seconds / max(round_s, 1e-9))))
+        taken_s = [sample(call, 1)]
+        while len(taken_s) < 4 and sum(taken_s) < _WARM_S:
+            taken_s.append(sample(call, 1))
+        repeats[name] = max(1, math.ceil(shortest_sample_s / max(min(taken_s), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    least, lowered = dict.fromkeys(calls, math.inf), 0
     names = list(calls)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for index in range(total):
+        start = time.perf_counter()
+        for index in range(rounds[1]):
             first = index % len(names)  # nobody always runs after the same neighbour
             for name in names[first:] + names[:first]:
-                samples[name].append(1e3 * sample(calls[name], repeats[name]))
+                taken = 1e3 * sample(calls[name], repeats[name])
+                samples[name].append(taken)
+                if taken < (1 - _SETTLED_SHARE) * least[name]:
+                    least[name], lowered = taken, index
+            passed = time.perf_counter() - start
+            settled = index >= lowered + _SETTLED_ROUNDS and passed >= seconds / 2
+            another = passed * (index + 2) / (index + 1) <= seconds
+            if index + 1 >= rounds[0] and (settled or not another):
+                break
     finally:
         if collecting:
             gc.enable()

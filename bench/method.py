@@ -258,6 +258,7 @@ class Method:
         eager: names of the hand-written forms; the fastest of them is "eager" in ratios.
         outputs: names of what a forward gives; gradients flow through the first.
         input_bytes: of x in a case, where saved bytes are told as a multiple of it.
+        compiled_alike: of cases with the same value, torch.compile is measured at one on a CPU.
         columns: what the README shows of it, provider to heading.
         title: of its table in the README.
     """
@@ -278,6 +279,7 @@ class Method:
     eager: tuple[str, ...] = ("eager",)
     outputs: tuple[str, ...] = ("y",)
     input_bytes: Callable[[Any], int] | None = None
+    compiled_alike: Callable[[Any], object] = lambda case: case
 
     def of_suite(self, suite: str, *, reported: bool = False) -> tuple[Any, ...]:
         """Return the cases of a suite; ``reported``: those of the GPU report alone."""

@@ -25,6 +25,7 @@ from bench.method import (
     DRY,
     FORWARD,
     GPU,
+    HOST,
     MAIN,
     MEMORY,
     OURS,
@@ -78,7 +79,7 @@ class PrefixCase(Case):
 
 def _case(suite: str, *sizes: int, dtype: str = "bfloat16", decoding: bool = False) -> PrefixCase:
     b, h, hkv, s, p, d = sizes
-    place = {MEMORY: "saved ", DRY: "dry "}.get(suite, "")
+    place = {HOST: "host ", MEMORY: "saved ", DRY: "dry "}.get(suite, "")
     form = " decoding" if decoding else ""
     name = f"{place}prefix{form} B{b} H{h}/{hkv} S{s} P{p} d{d} {SHORT[dtype]}"
     return PrefixCase(name, suite, *sizes, dtype, suite in (GPU, DRY), decoding)
@@ -90,6 +91,7 @@ CASES = (
         for length in (32, 128)
         for dtype in ("float32", "bfloat16")
     ),
+    _case(HOST, 1, 2, 1, 4, 2, 16, dtype="float32"),
     _case(MEMORY, 4, 16, 4, 512, 128, 64),
     *(
         _case(GPU, *sizes)
@@ -356,7 +358,7 @@ METHOD = Method(
     providers=(EAGER, Provider(COMPILED, _compiled, poison=False), *THIRD_PARTIES, FUSED),
     work=work,
     targets=_targets(),
-    seconds={CPU: 8.0, GPU: 4.0},
+    seconds={CPU: 4.0, HOST: 2.0, GPU: 4.0},
     gpu={MAIN: (EAGER, FLASH, *THIRD_PARTIES, replace(fused("triton"), name=OURS))},
     columns={"compile": "torch.compile", "fused": "peft_kernels"},
     title="prefix: batch, heads/kv heads, tokens, prefix length, head size, dtype",

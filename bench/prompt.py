@@ -22,6 +22,7 @@ from bench.method import (
     DIRECTIONS,
     DRY,
     GPU,
+    HOST,
     MAIN,
     OURS,
     SHORT,
@@ -66,9 +67,9 @@ class PromptCase(Case):
 def _case(
     suite: str, b: int, s: int, p: int, d: int, vocabulary: int = 32000, dtype: str = "bfloat16"
 ) -> PromptCase:
-    place = "dry " if suite == DRY else ""
+    place = {HOST: "host ", DRY: "dry "}.get(suite, "")
     name = f"{place}prompt B{b} S{s} P{p} D{d} {SHORT[dtype]}"
-    return PromptCase(name, suite, b, s, p, d, vocabulary, dtype, suite != CPU)
+    return PromptCase(name, suite, b, s, p, d, vocabulary, dtype, suite in (GPU, DRY))
 
 
 CASES = (
@@ -81,6 +82,7 @@ CASES = (
         _case(GPU, *sizes)
         for sizes in ((8, 2048, 20, 4096), (16, 1024, 100, 4096), (1, 64, 20, 4096))
     ),
+    _case(HOST, 1, 4, 2, 16, 11, "float32"),
     _case(DRY, 2, 5, 3, 8, 11, "float32"),
 )
 
@@ -247,7 +249,7 @@ METHOD = Method(
     targets=tuple(
         _target(case, each) for case in CASES if case.suite in (CPU, GPU) for each in DIRECTIONS
     ),
-    seconds={CPU: 5.0, GPU: 4.0},
+    seconds={CPU: 2.5, HOST: 2.0, GPU: 4.0},
     gpu={MAIN: (PEFT, EAGER, replace(fused("triton"), name=OURS))},
     columns={"peft": "peft's form", "compile": "torch.compile", "fused": "peft_kernels"},
     title="prompt: batch, tokens, prompt length, width, dtype",

@@ -131,7 +131,7 @@ METHOD = Method(
     providers=(*baselines.BASELINES, *THIRD_PARTIES, FUSED),
     work=work,
     targets=_targets(),
-    seconds={CPU: 22.0, HOST: 4.0, GPU: 4.0},
+    seconds={CPU: 8.0, HOST: 2.0, GPU: 4.0},
     gpu={
         MAIN: (FROZEN, EAGER, FACTORED, *THIRD_PARTIES, TRITON),
         VARIANTS: (FROZEN, EAGER, *baselines.VARIANTS),
@@ -143,4 +143,5 @@ METHOD = Method(
         "fused": "peft_kernels",
     },
     title="tokens x in x out, dtype, dropout",
+    compiled_alike=lambda case: (case.dtype, case.dropout_p),
 )

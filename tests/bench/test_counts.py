@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench import measure
 from bench.lora.baselines import EAGER, FACTORED, FROZEN, FUSED
 from bench.lora.cases import ALL_CASES, DRY_CASES, REPORT_CASES, LoRACase, quick
 from bench.lora.method import work
@@ -140,3 +142,42 @@ def test_wall_times_takes_turns_and_tells_slow_from_fast() -> None:
     assert times["slow"].samples == times["fast"].samples == 4
     rounds = order[-8:]
     assert rounds == ["slow", "fast", "fast", "slow"] * 2
+
+
+class Clock:
+    """Time that passes only when a call says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, times_s: list[float]) -> Callable[[], None]:
+        """Return what takes each of ``times_s`` in turn, and from then on the last of them."""
+
+        def run() -> None:
+            self.now += times_s.pop(0) if len(times_s) > 1 else times_s[0]
+
+        return run
+
+
+def test_wall_times_end_when_every_minimum_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    steady = {"one": clock.call([0.1]), "two": clock.call([0.2])}
+    assert wall_times(steady, 0.3 * 30)["one"].samples == measure._SETTLED_ROUNDS + 1
+    assert wall_times(steady, 0.3 * 100)["one"].samples in (50, 51)
+    # A first sample is the estimate; the twentieth round is faster than all before.
+    late = {"one": clock.call([0.1]), "two": clock.call([0.2] * 20 + [0.15])}
+    found = wall_times(late, 0.3 * 80)["two"]
+    assert found.min_ms == pytest.approx(150.0)
+    assert found.samples == 19 + measure._SETTLED_ROUNDS + 1
+
+
+def test_wall_times_end_with_their_seconds_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    falling = [1.0 - 0.01 * step for step in range(60)]
+    found = wall_times({"one": clock.call(falling)}, 10.0)["one"]
+    assert found.samples == 10 and found.min_ms == pytest.approx(900.0)
+    assert wall_times({"one": clock.call([1.0])}, 1.0)["one"].samples == 5

@@ -112,7 +112,7 @@ class TestStages:
 def quick_run(out: Path, *options: str, by: Sequence[str] = ("-m", "peft_kernels", "bench")):  # type: ignore[no-untyped-def]
     # One thread: on a busy machine a second one is mostly waited for.
     return subprocess.Popen(
-        [sys.executable, *by, "--quick", "--out", str(out), *options],
+        [sys.executable, *by, "--quick", "--output", str(out), *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -122,7 +122,7 @@ def quick_run(out: Path, *options: str, by: Sequence[str] = ("-m", "peft_kernels
 
 
 def test_quick_run_end_to_end(tmp_path: Path) -> None:
-    run = quick_run(tmp_path, "--suite", "all", "--seconds", "0.02", "--plot")
+    run = quick_run(tmp_path, "--suite", "all", "--seconds", "0.02")
     printed, progress = run.communicate(timeout=120)
     assert run.returncode == 0, progress
     (path,) = tmp_path.glob("*.json")
@@ -136,8 +136,8 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     timed = by_suite["cpu"] + by_suite["host"]
     # Cases, directions, providers without torch.compile.
     rows_of = {
-        "lora": (8 + 2) * 2 * 5, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
-        "prompt": 6 * 2 * 3,
+        "lora": (8 + 2) * 2 * 5, "adapter": (10 + 1) * 2 * 2, "prefix": (4 + 1) * 2 * 2,
+        "prompt": (6 + 1) * 2 * 3,
     }  # fmt: skip
     assert Counter(row["op"] for row in timed) == rows_of
     assert all(row["status"] == "timed" and "passed" in str(row["note"]) for row in timed)
@@ -153,12 +153,13 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     targets = {(each["op"], each["target"]) for each in content["figures"]}
     assert ("lora", "saved for backward beyond x: MiB") in targets
     assert {op for op, _ in targets} == set(rows_of)
-    assert len(content["host_profile"]) == 4 + 2
-    words_of_all = ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path))
-    for words in (*words_of_all, "third parties: peft "):
-        assert words in printed
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(content["host_profile"]) == len(content["host"]) == 4 + 3 * 2
+    words = ("x frozen", "roofline", "Figures", "Where the host's time goes", "Host time", "calls")
+    words += ("third parties: peft ",)
+    assert all(each in printed for each in (*words, str(path)))
+    figures = {tmp_path / f"{path.stem}-{each}.png" for each in ("speedup", "roofline", "saved")}
+    assert all(each.read_bytes().startswith(b"\x89PNG") for each in figures)
+    assert set(tmp_path.iterdir()) == {path, *figures}
 
 
 def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
@@ -167,12 +168,14 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     first = run.stderr.readline()
     run.kill()
     run.communicate()
-    assert first.startswith("[cpu 1/28]")
+    assert first.startswith("[1/38] cpu: quick 2048x2048x2048 fp32 p0")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_run_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
-    for options in (("--cases", "no such case"), ("--op", "no such op")):
+    for options in (
+        ("--cases", "no such case"), ("--op", "no such op"), ("--baseline", "no such baseline"),
+    ):  # fmt: skip
         run = quick_run(tmp_path, *options)
         _, error = run.communicate(timeout=60)
         assert run.returncode == 2 and options[1] in error
