@@ -125,7 +125,7 @@ def test_a_failed_row_is_not_drawn_even_with_times_and_bytes() -> None:
     ]
     content = _content(rows)
     assert speed_up.draw(content) is None
-    assert _marks(roofline.draw(content)) == 4 * len(DIRECTIONS)
+    assert _marks(roofline.draw(content)) == len(rows) - len(DIRECTIONS)
     assert OURS not in saved.bars(content["rows"])[case.name]
 
 
@@ -139,7 +139,7 @@ def test_rows_of_a_real_run_with_a_broken_provider() -> None:
     assert {row.status for row in rows if row.provider == OURS} == {FAILED}
     content = _content(rows)
     assert speed_up.draw(content) is None
-    assert _marks(roofline.draw(content)) == 3 * len(DIRECTIONS)
+    assert _marks(roofline.draw(content)) == sum(row.status == "timed" for row in rows) > 0
     assert OURS not in saved.bars(content["rows"])[DROPPED.name]
 
 
