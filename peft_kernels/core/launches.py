@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels.core import lora_tiles, prefix_tiles, triton_runtime
+from peft_kernels.core import lora_tiles, overrides, prefix_tiles, triton_runtime
 
 # Shapes that change with every batch must not fill the memory.
 MOST_TAPES = 4096
@@ -264,7 +264,13 @@ def _record(
 def _settings(device: torch.device, single: bool) -> tuple[Any, ...]:
     """Return what launchers look at beside their arguments; ``single``: some are float32."""
     precision = torch.backends.cuda.matmul.fp32_precision if single else None
-    return device.index, precision, lora_tiles.FORCED.current, prefix_tiles.FORCED.current
+    return (
+        device.index,
+        precision,
+        lora_tiles.FORCED.current,
+        prefix_tiles.FORCED.current,
+        overrides.STATE.forced,
+    )
 
 
 def _address(value: object) -> int:

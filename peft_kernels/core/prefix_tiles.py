@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_kernels.core import tiles
+from peft_kernels.core import overrides, tiles
 from peft_kernels.core.forced import Forced
 
 LAUNCHES = ("forward", "query", "key", "prefix")
@@ -140,7 +140,8 @@ def variant(device: torch.device, queries: int) -> str:
     """Return the variant that wins for so many queries, where both can serve."""
     if FORCED.current is not None:
         return FORCED.current
-    least = SPLIT_FROM["cpu" if device.type == "cpu" else tiles.family(device)]
+    name = "cpu" if device.type == "cpu" else tiles.family(device)
+    least = overrides.entry(name, "limits", "split_from", "queries", SPLIT_FROM[name])
     return "fused" if least is None or queries < least else "split"
 
 
@@ -193,13 +194,29 @@ def prefix_tile(
         dropout: whether there is dropout.
     """
     if device.type != "cuda":
-        return _INTERPRETED
+        return _overruled(tiles.INTERPRETED, dtype, head_size, launch, dropout, _INTERPRETED)
     table = "fp32" if dtype == torch.float32 else "16bit"
     if table == "fp32" and tiles.precision(dtype, device) == "ieee":
         return LIBRARY
     if table == "fp32" and head_size > _WIDEST_32BIT:
         return LIBRARY
-    return family_tile(table, tiles.family(device), launch, head_block(head_size), dropout)
+    name = tiles.family(device)
+    tile = family_tile(table, name, launch, head_block(head_size), dropout)
+    return _overruled(name, dtype, head_size, launch, dropout, tile)
+
+
+def entry_name(launch: str, head_size: int, dropout: bool) -> str:
+    """Return what a file of tiles calls the tile of a launch: "key 128", "key 128 dropout"."""
+    widest = next(widest for widest in _BLOCKS if head_size <= widest)
+    return f"{launch} {widest}" + " dropout" * dropout
+
+
+def _overruled(
+    name: str, dtype: torch.dtype, head_size: int, launch: str, dropout: bool, tile: PrefixTile
+) -> PrefixTile:
+    entry = entry_name(launch, head_size, dropout)
+    own: PrefixTile = overrides.entry(name, "prefix", tiles.width(dtype), entry, tile)
+    return own
 
 
 def why_not(head_size: int) -> str | None:
@@ -214,7 +231,8 @@ def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool
     found = [prefix_tile(device, dtype, head_size, launch, dropout) for launch in LAUNCHES]
     if LIBRARY in found:
         return str(LIBRARY)
-    return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found)
+    note = overrides.note(tiles.table_of(device), "prefix")
+    return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found) + note
 
 
 def prefix_cases(name: str, table: str) -> Iterator[tuple[str, int, bool, PrefixTile]]:

@@ -6,12 +6,13 @@ take alone, by pointers, or a smaller one where that spills. Which is fastest wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from peft_kernels.core import lora_tiles, tiles, triton_runtime
+from peft_kernels.core import lora_tiles, overrides, tiles, triton_runtime
 from peft_kernels.core.lora_tiles import LoRATile, lora_tile
 
 MOST = 4  # projections of one launch
@@ -25,7 +26,7 @@ def projections_tile(
     direction: str,
     aligned: bool,
     one_layout: bool,
-    tma: bool = True,
+    work: float = math.inf,
 ) -> LoRATile | str:
     """Return the tile of a grouped launch, or why there is none.
 
@@ -37,12 +38,12 @@ def projections_tile(
         direction: "forward" or "backward", under dropout "dropped" or "masked".
         aligned: whether sizes, strides and addresses allow unmasked asynchronous copies.
         one_layout: whether all weights are row-major, or none is.
-        tma: whether TMA pays for all of them together.
+        work: multiply-adds of all base products together.
     """
     if not one_layout:
         return "the weights are not all row-major"
     onward = direction in ("forward", "dropped")
-    alone = lora_tile(device, dtype, tokens, rank, direction, aligned, tma)
+    alone = lora_tile(device, dtype, tokens, rank, direction, aligned, work=work)
     if onward and alone.variant == "ticket_tma":
         return "TMA is faster one by one than pointers in one launch"
     # dX of a few tokens takes the next larger tile: no tile that makes its own s has several.
@@ -73,8 +74,8 @@ def pays_dropped(
 
     Not where TMA serves each of them: a training step then took 3% longer on an H200.
     """
-    tma = lora_tiles.tma_pays(tokens, in_features, out_features)
-    return lora_tile(device, dtype, tokens, 16, "masked", tma=tma).variant != "ticket_tma"
+    work = tokens * in_features * out_features
+    return lora_tile(device, dtype, tokens, 16, "masked", work=work).variant != "ticket_tma"
 
 
 def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
@@ -138,13 +139,13 @@ def projections_plan(
     there, back = ("dropped", "masked") if any(dropout) else ("forward", "backward")
     rank = max(ranks)
     even = in_features % 64 == 0 and all(width % 16 == 0 for width in out_features)
-    tma = lora_tiles.tma_pays(tokens, in_features, sum(out_features))
-    forward = projections_tile(device, dtype, tokens, rank, there, even, one_layout, tma)
+    work = tokens * in_features * sum(out_features)
+    forward = projections_tile(device, dtype, tokens, rank, there, even, one_layout, work)
     even = in_features % 16 == 0 and all(width % 64 == 0 for width in out_features)
     backward = projections_tile(device, dtype, tokens, rank, back, even, one_layout)
     return (
         f"forward {_launches(forward, count)}; dX {_launches(backward, count)}; "
-        f"dA, dB, dbias one by one"
+        f"dA, dB, dbias one by one" + overrides.note(tiles.table_of(device), "lora")
     )
 
 
