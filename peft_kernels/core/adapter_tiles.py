@@ -212,12 +212,13 @@ def adapter_tile(
         shape_class = "ragged"
     tile = _INTERPRETED
     if device.type == "cuda":
-        tile = _lookup(family, width, shape_class, direction, block)
+        tile = family_tile(family, width, shape_class, direction, block)
     own = overrides.entry(family, "adapter", width, f"{shape_class} {direction} {block}", tile)
     return replace(own, ahead=tile.ahead)
 
 
-def _lookup(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
+def family_tile(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
+    """Return a tile of a GPU family, by width ("16bit" or "fp32") and shape class."""
     table = _32BIT if width == "fp32" else _16BIT
     key = (width, shape_class, direction, block)
     own = _FAMILY_EXCEPTIONS.get(name, {})
@@ -277,5 +278,5 @@ def adapter_cases(name: str, width: str) -> Iterator[tuple[str, str, int, Adapte
     for shape_class, table in (_32BIT if width == "fp32" else _16BIT).items():
         for direction in DIRECTIONS:
             for block in table:
-                tile = _lookup(name, width, shape_class, direction, block)
+                tile = family_tile(name, width, shape_class, direction, block)
                 yield shape_class, direction, block, tile
