@@ -37,6 +37,7 @@ from peft_kernels.core import lora_tables, lora_tiles, tile_file, tiles
 LEAST_GAIN = 0.01
 FINALISTS = 3
 TRIES = 2  # of a candidate whose process died, perhaps of another one
+PATIENCE_S = 60.0  # for one trial: a launch that waits for itself never ends
 AT_ONCE = 3  # entries whose candidates are tried before they are timed
 SPARE_S = 15.0  # kept for the timing of what was tried
 _DEFAULT_TMA_FROM = 1 << 35
@@ -73,25 +74,33 @@ class Judges:
         """Return what became of a trial, a refusal where that took too long or its process died."""
         if not self.workers:
             return judge(target, candidate, self.device)
+        key = (target, candidate)
         for _ in range(TRIES):
+            left = max(0.0, ends - time.monotonic())
             try:
-                left = max(0.0, ends - time.monotonic())
-                verdict = self.waiting[target, candidate].result(left)
+                verdict = self.waiting[key].result(min(left, PATIENCE_S))
             except TooLate:
-                self.waiting.pop((target, candidate)).cancel()
-                return Verdict("not tried: no time left")
+                late = self.waiting.pop(key)
+                if left <= PATIENCE_S:
+                    late.cancel()
+                    return Verdict("not tried: no time left")
+                self._again()
+                return Verdict(f"its trial did not end within {PATIENCE_S:.0f} s")
             except BrokenProcessPool:
                 verdict = LOST
             if verdict != LOST:
-                del self.waiting[target, candidate]
+                del self.waiting[key]
                 return verdict
-            # Which trial it was is not known: all that have not ended are tried once more.
-            self.end()
-            for (where, which), future in list(self.waiting.items()):
-                if not future.done() or future.cancelled() or _lost(future):
-                    self._submit(where, which)
-        del self.waiting[target, candidate]
+            self._again()
+        del self.waiting[key]
         return Verdict("the trial's process died, as did another one beside it")
+
+    def _again(self) -> None:
+        """Try all that has not ended once more in new processes: which one failed is not known."""
+        self.end()
+        for (target, candidate), future in list(self.waiting.items()):
+            if not future.done() or future.cancelled() or _lost(future):
+                self._submit(target, candidate)
 
     def end(self) -> None:
         """End the processes and what they have not begun."""

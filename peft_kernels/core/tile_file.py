@@ -249,7 +249,7 @@ def _reduction(
     m, c, r, warps, stages = _sizes(value.removesuffix(" sums"), 5)
     tile = ReductionTile(m, c, r, warps, stages, value.endswith(" sums"))
     problem = _impossible(family, (m, c, r), warps, stages, c * r, m * (c + r) * itemsize)
-    return tile, problem if r == int(name) else f"has blocks of {r} ranks instead of {name}"
+    return tile, problem if r <= int(name) else f"has blocks of {r} ranks, where {name} is the most"
 
 
 _READERS: dict[str, Callable[[str, int, str, str], tuple[Any, str | None]]] = {
