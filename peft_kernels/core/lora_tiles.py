@@ -64,12 +64,11 @@ def tma_from(family: str, name: str) -> int | None:
 
 
 def _tma_tile(
-    device: torch.device, dtype: torch.dtype, rank: int, name: str, aligned: bool, work: float
+    family: str, width: str, rank: int, name: str, aligned: bool, work: float
 ) -> LoRATile | None:
     """Return the tile of "ticket_tma" where that is forced, or the table's choice, and runs."""
     if FORCED.current not in (None, "ticket_tma"):
         return None
-    family, width = tiles.table_of(device), tiles.width(dtype)
     # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
     runs = aligned and rank % 8 == 0 and width == "16bit" and family in TMA
     if FORCED.current is None:
@@ -140,16 +139,35 @@ def lora_tile(
         tma: whether tensor descriptors may name x, w and y.
         work: multiply-adds of the base product.
     """
+    exact = tiles.precision(dtype, device) == "ieee" and device.type == "cuda"
+    family, width = tiles.table_of(device), tiles.width(dtype)
+    return chosen(family, width, tokens, rank, direction, aligned, tma, work, exact)
+
+
+def chosen(
+    family: str,
+    width: str,
+    tokens: int,
+    rank: int,
+    direction: str,
+    aligned: bool = True,
+    tma: bool = True,
+    work: float = math.inf,
+    exact: bool = False,
+) -> LoRATile:
+    """Return what ``lora_tile`` does, of a family ("interpreted": on a CPU) and a width.
+
+    ``exact``: float32 products are.
+    """
     name = shape_class(tokens, rank, direction)
-    by_tma = _tma_tile(device, dtype, rank, name, aligned, work) if tma else None
+    by_tma = _tma_tile(family, width, rank, name, aligned, work) if tma else None
     if by_tma is not None:
         return by_tma
-    family, width = tiles.table_of(device), tiles.width(dtype)
     tile = table_tile(family, width, name)
-    if not aligned and device.type == "cuda":
+    if not aligned and family != tiles.INTERPRETED:
         tile = UNALIGNED_TF32 if width == "fp32" else UNALIGNED
-    exact = tiles.precision(dtype, device) == "ieee" and width == "fp32" and device.type == "cuda"
-    variant = FORCED.current or (EXACT_VARIANT if exact else tile.variant)
+    library = exact and width == "fp32"
+    variant = FORCED.current or (EXACT_VARIANT if library else tile.variant)
     if variant == "ticket_tma" or not _recomputes(variant, rank, direction):
         variant = "ticket"
     if variant == "ticket" and tile.variant == "recompute":
