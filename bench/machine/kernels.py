@@ -16,12 +16,14 @@ from bench.lora.cases import LoRACase
 from bench.method import BOTH
 from bench.prefix import PrefixCase
 from bench.prompt import PromptCase
-from peft_kernels.core import adapter_tiles, lora_tiles, prefix_tiles, tiles
+from peft_kernels.core import adapter_tiles, lora_tiles, overrides, prefix_tiles, tiles
 from peft_kernels.core.adapter_tiles import bottleneck_block
+from peft_kernels.core.prefix_tiles import PrefixTile
 from peft_kernels.core.tiles import ReductionTile
 
-# What a program of attention does beside its loop (rows read, result scaled and written), in steps.
-BESIDE_STEPS = 3
+# What a program of attention does beside its loop (rows read, result scaled and written), as if it
+# were so many keys more, or rows.
+BESIDE = 160
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def _width(case: Any) -> str:
     return tiles.width(case.torch_dtype)
 
 
-def _reduction(
+def reduction(
     tile: ReductionTile, tokens: int, columns: tuple[int, int], rank: int, size: int, drawn: float
 ) -> Kernel:
+    """Return the token-split sums of two factors; ``drawn``: elements of a mask."""
     blocks = ceil(rank / tile.block_r)
     padded = blocks * tile.block_r
     read = tokens * sum(columns) * size
@@ -71,7 +74,8 @@ def _reduction(
     )  # fmt: skip
 
 
-def _lora_product(case: LoRACase, family: str, backward: bool) -> Kernel:
+def lora_product(case: LoRACase, family: str, backward: bool) -> Kernel:
+    """Return the base product and the low-rank one: y, or dx."""
     m, k, n, r = case.tokens, case.in_features, case.out_features, case.rank
     k, n = (n, k) if backward else (k, n)
     plain, dropped = ("backward", "masked") if backward else ("forward", "dropped")
@@ -98,15 +102,15 @@ def lora(case: LoRACase, direction: str, family: str) -> Iterator[Kernel]:
     """Yield the launches of ``lora_linear``."""
     if case.dropout_p:
         yield SEED
-    yield _lora_product(case, family, False)
+    yield lora_product(case, family, False)
     if direction == BOTH:
-        yield _lora_product(case, family, True)
+        yield lora_product(case, family, True)
         tables = tiles.family_reduction_tiles(family)
         tile = tables[tiles.reduction_block(tables, case.rank)]
         columns = (case.in_features, case.out_features)
         drawn = case.tokens * case.in_features * bool(case.dropout_p)
         size = case.torch_dtype.itemsize
-        yield _reduction(tile, case.tokens, columns, case.rank, size, drawn)
+        yield reduction(tile, case.tokens, columns, case.rank, size, drawn)
 
 
 def frozen(case: LoRACase, direction: str, family: str) -> Iterator[Kernel]:
@@ -117,32 +121,51 @@ def frozen(case: LoRACase, direction: str, family: str) -> Iterator[Kernel]:
         yield Kernel(f"{name}: library", "library", 2.0 * m * k * n, moved)
 
 
-def adapter(case: AdapterCase, direction: str, family: str) -> Iterator[Kernel]:
-    """Yield the launches of ``adapter``."""
+def adapter_rows(case: AdapterCase, family: str, direction: str) -> Kernel:
+    """Return both products of an adapter: "forward", or "backward", which is dx."""
     m, d, r = case.tokens, case.features, case.bottleneck
     width, size, block = _width(case), case.torch_dtype.itemsize, bottleneck_block(r)
-    drawn = m * d * bool(case.dropout_p)
-    if case.dropout_p:
-        yield SEED
     shape_class = "few" if m <= adapter_tiles.FEW_TOKENS else "many"
     shape_class = "ragged" if d % 16 or r % 16 else shape_class
-    for name, way in (("y", "forward"), ("dx", "backward"))[: 2 if direction == BOTH else 1]:
-        tile = adapter_tiles.family_tile(family, width, shape_class, way, block)
-        # The input is read for the first product and again for what is added to the second.
-        yield Kernel(
-            f"{name}: {tile}", "adapter", 4.0 * ceil(m / tile.block_m) * tile.block_m * d * block,
-            bytes=3 * m * d * size, drawn=drawn,
-        )  # fmt: skip
+    tile = adapter_tiles.family_tile(family, width, shape_class, direction, block)
+    name = f"{shape_class} {direction} {block}"
+    tile = overrides.entry(family, "adapter", width, name, tile)
+    rows = ceil(m / tile.block_m)
+    # The input is read for the first product and again for what is added to the second.
+    return Kernel(
+        f"{'y' if direction == 'forward' else 'dx'}: {tile}", "adapter",
+        4.0 * rows * tile.block_m * d * block, bytes=3 * m * d * size, tiles=rows,
+        drawn=m * d * bool(case.dropout_p),
+    )  # fmt: skip
+
+
+def adapter(case: AdapterCase, direction: str, family: str) -> Iterator[Kernel]:
+    """Yield the launches of ``adapter``."""
+    if case.dropout_p:
+        yield SEED
+    yield adapter_rows(case, family, "forward")
     if direction == BOTH:
-        tables = adapter_tiles.reduction_tiles(family, width)
-        sums = tables[tiles.reduction_block(tables, r)]
-        yield _reduction(sums, m, (d, d), r, size, drawn)
+        yield adapter_rows(case, family, "backward")
+        tables = adapter_tiles.reduction_tiles(family, _width(case))
+        sums = tables[tiles.reduction_block(tables, case.bottleneck)]
+        columns, size = (case.features, case.features), case.torch_dtype.itemsize
+        drawn = case.tokens * case.features * bool(case.dropout_p)
+        yield reduction(sums, case.tokens, columns, case.bottleneck, size, drawn)
 
 
-def _prefix_rows(case: PrefixCase, family: str, launch: str, products: int) -> Kernel:
-    """Return the forward or dq: programs of query rows that walk over prefix and keys."""
+def _prefix_tile(case: PrefixCase, family: str, launch: str, dropout: bool) -> PrefixTile:
+    width = _width(case)
+    block = prefix_tiles.head_block(case.head_size)
+    tile = prefix_tiles.family_tile(width, family, launch, block, dropout)
+    name = prefix_tiles.entry_name(launch, case.head_size, dropout)
+    own: PrefixTile = overrides.entry(family, "prefix", width, name, tile)
+    return own
+
+
+def prefix_rows(case: PrefixCase, family: str, launch: str, dropout: bool = False) -> Kernel:
+    """Return "forward", or "query": programs of query rows that walk over prefix and keys."""
     d = prefix_tiles.head_block(case.head_size)
-    tile = prefix_tiles.family_tile(_width(case), family, launch, d, False)
+    tile = _prefix_tile(case, family, launch, dropout)
     group, queries = case.heads // case.kv_heads, case.queries
     fold = group > 1 and 2 * queries <= tile.block_m
     heads = case.kv_heads if fold else case.heads
@@ -150,23 +173,25 @@ def _prefix_rows(case: PrefixCase, family: str, launch: str, products: int) -> K
     programs = case.batch * heads * blocks
     # Keys before the first query, and half of those beside the queries.
     seen = case.tokens - queries
-    own = sum(
-        ceil((seen + min(queries, (i + 1) * tile.block_m)) / tile.block_n) for i in range(blocks)
-    )
-    steps = own / blocks + ceil(case.length / tile.block_n) + BESIDE_STEPS
+    last = (min(queries, (block + 1) * tile.block_m) for block in range(blocks))
+    own = sum(ceil((seen + row) / tile.block_n) for row in last)
+    steps = own / blocks + ceil(case.length / tile.block_n)
+    steps += BESIDE / tile.block_n
     scores = programs * steps * tile.block_m * tile.block_n
-    moved = 2 * (1 + (products > 2)) * case.batch * case.heads * queries * case.head_size
+    # Scores and out; of the query's gradient dP too.
+    products, tensors = (2, 2) if launch == "forward" else (3, 4)
+    moved = tensors * case.batch * case.heads * queries * case.head_size
     moved += 2 * case.batch * case.kv_heads * case.tokens * case.head_size
     return Kernel(
         f"{launch}: {tile}", "rows", 2.0 * products * scores * d,
-        moved * case.torch_dtype.itemsize, programs, exponentials=scores,
+        moved * case.torch_dtype.itemsize, programs, exponentials=scores, drawn=scores * dropout,
     )  # fmt: skip
 
 
-def _prefix_keys(case: PrefixCase, family: str, launch: str) -> Kernel:
-    """Return dk and dv of the keys or of the prefix: programs of keys that walk over rows."""
+def prefix_keys(case: PrefixCase, family: str, launch: str, dropout: bool = False) -> Kernel:
+    """Return dk and dv of "key" or "prefix": programs of keys that walk over rows."""
     d = prefix_tiles.head_block(case.head_size)
-    tile = prefix_tiles.family_tile(_width(case), family, launch, d, False)
+    tile = _prefix_tile(case, family, launch, dropout)
     group, queries = case.heads // case.kv_heads, case.queries
     fold = group > 1 and 2 * queries <= tile.block_m
     rows = ceil(group * queries / tile.block_m) if fold else group * ceil(queries / tile.block_m)
@@ -175,24 +200,25 @@ def _prefix_keys(case: PrefixCase, family: str, launch: str) -> Kernel:
         # Of a causal call the rows at and after the keys.
         seen = 1.0 if case.decoding else (blocks + 1) / (2 * blocks)
         programs = case.batch * case.kv_heads * blocks
-        steps = programs * (rows * seen + BESIDE_STEPS)
+        steps = programs * (rows * seen + BESIDE / tile.block_m)
     else:
         programs = case.kv_heads * ceil(case.length / tile.block_n)
-        steps = programs * (case.batch * rows + BESIDE_STEPS)
+        steps = programs * (case.batch * rows + BESIDE / tile.block_m)
     scores = steps * tile.block_m * tile.block_n
     moved = 2 * case.batch * case.heads * queries * case.head_size * case.torch_dtype.itemsize
     return Kernel(
-        f"{launch}: {tile}", "keys", 8.0 * scores * d, moved, exponentials=scores
+        f"{launch}: {tile}", "keys", 8.0 * scores * d, moved, programs, exponentials=scores,
+        drawn=scores * dropout,
     )  # fmt: skip
 
 
 def prefix(case: PrefixCase, direction: str, family: str) -> Iterator[Kernel]:
     """Yield the launches of ``prefix_attention``."""
-    yield _prefix_rows(case, family, "forward", 2)
+    yield prefix_rows(case, family, "forward")
     if direction == BOTH:
-        yield _prefix_rows(case, family, "query", 3)
-        yield _prefix_keys(case, family, "key")
-        yield _prefix_keys(case, family, "prefix")
+        yield prefix_rows(case, family, "query")
+        yield prefix_keys(case, family, "key")
+        yield prefix_keys(case, family, "prefix")
 
 
 def prompt(case: PromptCase, direction: str, family: str) -> Iterator[Kernel]:
