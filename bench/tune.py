@@ -16,11 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as TooLate
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +25,14 @@ import torch
 from bench import store
 from bench.measure import device_times
 from bench.tuning.candidates import METHODS, Candidate, Target, candidates, present, targets
+from bench.tuning.judges import Judges
 from bench.tuning.launches import tiny
-from bench.tuning.trial import LOST, Verdict, apart, case_dtype, judge
+from bench.tuning.trial import Verdict, apart, case_dtype
 from peft_kernels.core import lora_tables, lora_tiles, tile_file, tiles
 
 # What a tile must gain to take the present one's place: less may be the weather.
 LEAST_GAIN = 0.01
 FINALISTS = 3
-TRIES = 2  # of a candidate whose process died, perhaps of another one
-PATIENCE_S = 60.0  # for one trial: a launch that waits for itself never ends
 AT_ONCE = 3  # entries whose candidates are tried before they are timed
 SPARE_S = 15.0  # kept for the timing of what was tried
 _DEFAULT_TMA_FROM = 1 << 35
@@ -47,84 +42,15 @@ _DEFAULT_TMA_FROM = 1 << 35
 class Result:
     """What is known of a target: milliseconds of each tile at each case, and why others fell out.
 
-    ``ratios`` are geometric means over the cases, of the present tile's time.
+    ``ratios`` are geometric means over the cases, of the present tile's time; ``registers`` are of
+    a thread.
     """
 
     present: str
     times: dict[str, dict[str, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
-
-
-class Judges:
-    """Processes that compile and try candidates, so that a crash costs them and not the results."""
-
-    def __init__(self, workers: int, device: torch.device) -> None:
-        """Start nothing yet; without workers, trials run in this process when asked for."""
-        self.workers, self.device = workers, device
-        self.waiting: dict[tuple[Target, Candidate], Future[Verdict]] = {}
-        self.pool: ProcessPoolExecutor | None = None
-
-    def ask(self, target: Target, chosen: Sequence[Candidate]) -> None:
-        """Have candidates tried, in this order."""
-        for candidate in chosen if self.workers else ():
-            self._submit(target, candidate)
-
-    def answer(self, target: Target, candidate: Candidate, ends: float) -> Verdict:
-        """Return what became of a trial, a refusal where that took too long or its process died."""
-        if not self.workers:
-            return judge(target, candidate, self.device)
-        key = (target, candidate)
-        for _ in range(TRIES):
-            left = max(0.0, ends - time.monotonic())
-            try:
-                verdict = self.waiting[key].result(min(left, PATIENCE_S))
-            except TooLate:
-                late = self.waiting.pop(key)
-                if left <= PATIENCE_S:
-                    late.cancel()
-                    return Verdict("not tried: no time left")
-                self._again()
-                return Verdict(f"its trial did not end within {PATIENCE_S:.0f} s")
-            except BrokenProcessPool:
-                verdict = LOST
-            if verdict != LOST:
-                del self.waiting[key]
-                return verdict
-            self._again()
-        del self.waiting[key]
-        return Verdict("the trial's process died, as did another one beside it")
-
-    def _again(self) -> None:
-        """Try all that has not ended once more in new processes: which one failed is not known."""
-        self.end()
-        for (target, candidate), future in list(self.waiting.items()):
-            if not future.done() or future.cancelled() or _lost(future):
-                self._submit(target, candidate)
-
-    def end(self) -> None:
-        """End the processes and what they have not begun."""
-        if self.pool is None:
-            return
-        processes = list((self.pool._processes or {}).values())
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-        self.pool = None
-
-    def _submit(self, target: Target, candidate: Candidate) -> None:
-        if self.pool is None:
-            self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
-        try:
-            future = self.pool.submit(judge, target, candidate, self.device)
-        except BrokenProcessPool:
-            future = Future()
-            future.set_result(LOST)
-        self.waiting[target, candidate] = future
-
-
-def _lost(future: Future[Verdict]) -> bool:
-    return future.exception() is not None or future.result() == LOST
+    registers: dict[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -133,14 +59,22 @@ def measure(
     verdicts: Sequence[Verdict],
     device: torch.device,
 ) -> tuple[Result, dict[str, Candidate]]:
-    """Time what is right of a target's candidates beside the present tile."""
+    """Time what is right of a target's candidates beside the present tile, the first of them.
+
+    A tile of which more registers spill than of the present one is no better for being faster at
+    one size: it waits for a form of the kernel that needs one register more.
+    """
     result = Result(str(present(target, tiles.table_of(device)) or "interpreted"))
-    alive = {"present": Candidate(chosen[0].entry, None)}
+    alive, spills = {str(chosen[0]): chosen[0]}, verdicts[0].spills
     for candidate, verdict in zip(chosen, verdicts, strict=True):
-        if verdict.problem is None:
-            alive[str(candidate)] = candidate
+        name, problem = str(candidate), verdict.problem
+        if problem is None and verdict.spills > spills:
+            problem = f"{verdict.spills} registers spill, of the present tile {spills}"
+        if problem is None:
+            alive[name] = candidate
+            result.registers[name] = verdict.registers
         else:
-            result.refused[str(candidate)] = verdict.problem
+            result.refused[name] = problem
     for case in target.cases if device.type == "cuda" else map(tiny, target.cases[:1]):
         alive, result.times[case.name] = _timed(target, case, alive, result, device)
     for name in alive:
@@ -249,7 +183,9 @@ def main(arguments: Sequence[str]) -> int:
         for target in targets(tuple(options.method), options.only)
         if family == tiles.INTERPRETED or present(target, family) is not None
     ]
-    asked = [(target, chosen) for target, chosen in asked if chosen]
+    asked = [
+        (target, [Candidate(chosen[0].entry, None), *chosen]) for target, chosen in asked if chosen
+    ]
     content: dict[str, Any] = {
         "what": "tiles for PEFT_KERNELS_TILES: the fastest of the candidates measured; times are "
         "milliseconds of one launch, 20th percentile, cold L2; prefix: launches of keys' gradients "

@@ -62,11 +62,9 @@ def judge(target: Target, candidate: Candidate, device: torch.device) -> Verdict
         return Verdict(f"{type(error).__name__}: {str(error)[:200]}")
     registers = max((getattr(kernel, "n_regs", 0) or 0 for kernel in kernels), default=0)
     spills = max((getattr(kernel, "n_spills", 0) or 0 for kernel in kernels), default=0)
-    if not candidate.taken:
+    if candidate.tile is not None and not candidate.taken:
         problems.append("no launch took it")
     problem = next((each for each in problems if each is not None), None)
-    if problem is None and spills:
-        problem = f"registers of a thread spill {spills} times"
     return Verdict(problem, registers, spills)
 
 

@@ -80,6 +80,20 @@ def test_what_raises_is_refused_with_the_reason() -> None:
     assert problem is not None and ":" in problem
 
 
+@interpreted
+def test_a_tile_that_spills_more_than_the_present_one_is_refused() -> None:
+    where = target("reduction/16")
+    (candidate,) = tuning.candidates(where, tiles.INTERPRETED)
+    chosen = [tuning.Candidate(candidate.entry, None), candidate]
+
+    def refused(present: int, spills: int) -> dict[str, str]:
+        verdicts = [trial.Verdict(None, 200, present), trial.Verdict(None, 255, spills)]
+        return tune.measure(where, chosen, verdicts, CPU)[0].refused
+
+    assert refused(13, 13) == {}
+    assert refused(0, 2) == {str(candidate): "2 registers spill, of the present tile 0"}
+
+
 def test_results_two_roundings_from_the_present_tiles_are_told_apart() -> None:
     present = torch.randn(64, 64)
     nearly = (present * (1 + 2**-9),)
