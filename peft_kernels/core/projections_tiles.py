@@ -8,14 +8,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from peft_kernels.core import lora_tiles, overrides, tiles, triton_runtime
-from peft_kernels.core.lora_tiles import LoRATile, lora_tile
+from peft_kernels.core.lora_tables import FEW_RANKS, LoRATile
+from peft_kernels.core.lora_tiles import lora_tile
 
 MOST = 4  # projections of one launch
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A change to tiles that spill in a grouped launch.
+
+    Attributes:
+        families: that it is for.
+        directions: likewise.
+        sizes: of the tiles that it is for, by name.
+        becomes: what it makes of them.
+        many_ranks: it is for ranks above 16 alone.
+    """
+
+    families: tuple[str, ...]
+    directions: tuple[str, ...]
+    sizes: dict[str, int]
+    becomes: dict[str, Any]
+    many_ranks: bool = False
+
+    def concerns(self, family: str, direction: str, rank: int, tile: LoRATile) -> bool:
+        """Return whether a tile is changed."""
+        meant = family in self.families and direction in self.directions
+        sized = all(getattr(tile, name) == size for name, size in self.sizes.items())
+        return meant and sized and (rank > FEW_RANKS or not self.many_ranks)
+
+
+# Applied one after the other. The first and the third are float32's.
+SMALLER = (
+    Smaller(
+        tiles.FAMILIES, ("backward",), {"block_m": 128, "block_n": 64, "block_k": 32},
+        {"block_m": 64, "num_warps": 4},
+    ),
+    Smaller(("sm_100", "sm_120"), ("backward",), {"block_m": 64}, {"block_k": 32}),
+    Smaller(("sm_100",), ("masked",), {"block_k": 32}, {"num_warps": 8}, True),
+    Smaller(("sm_90",), ("forward", "dropped"), {"block_n": 256}, {"block_n": 128}),
+    Smaller(("sm_90",), ("dropped",), {"block_m": 128}, {"block_k": 32}, True),
+)  # fmt: skip
 
 
 def projections_tile(
@@ -80,16 +120,9 @@ def pays_dropped(
 
 def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
     """Return ``tile``, or a smaller one where the pointers of several projections make it spill."""
-    if direction == "backward" and (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 32):
-        return replace(tile, block_m=64, num_warps=4)  # float32
-    if direction == "backward" and tile.block_m == 64 and family in ("sm_100", "sm_120"):
-        return replace(tile, block_k=32)
-    if (family, direction, tile.block_k) == ("sm_100", "masked", 32) and rank > 16:
-        return replace(tile, num_warps=8)  # float32
-    if direction in ("forward", "dropped") and family == "sm_90" and tile.block_n == 256:
-        tile = replace(tile, block_n=128)
-    if direction == "dropped" and family == "sm_90" and rank > 16 and tile.block_m == 128:
-        tile = replace(tile, block_k=32)
+    for smaller in SMALLER:
+        if smaller.concerns(family, direction, rank, tile):
+            tile = replace(tile, **smaller.becomes)
     return tile
 
 
