@@ -148,3 +148,17 @@ def test_no_gpu_is_said_where_none_was_waived(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
         tune.main([str(tmp_path / "tiles.json"), "5"])
+
+
+@pytest.mark.gpu
+def test_tiles_are_compiled_tried_and_timed_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "tiles.json"
+    options = ["--only", "prefix/key 64", "--most", "3", "--workers", "2"]
+    assert tune.main([str(out), "200", *options]) == 0
+    (measured,) = (
+        each for name, each in json.loads(out.read_text())["measured"].items() if "drop" not in name
+    )
+    assert measured["ratios"]["present"] == 1.0 and measured["registers"]["present"] > 32
+    assert len(measured["ratios"]) + len(measured["refused"]) == 4
+    assert not [each for each in measured["refused"].values() if "spill" not in each]
+    assert tile_file.load(out).source == str(out)
