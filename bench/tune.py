@@ -1,16 +1,18 @@
 """Measure tiles on the GPU at hand and write those that win as a file for ``PEFT_KERNELS_TILES``.
 
-``python -m bench.tune OUT.json SECONDS [--method prefix ...] [--only "key 128"] [--dry]``
+``python -m bench.tune OUT.json SECONDS [--method prefix ...] [--only "key 128"] [--dry]``, or
+``python -m peft_kernels bench --tune`` and the same.
 
 What is worth most comes first, and OUT.json is rewritten after each entry. Every candidate is first
 held against float64 at a small case, in processes of their own that also compile it, then against
 the present tile's result at the size that is timed. Times are of the device, cold L2, interleaved.
-``--dry`` proves on a CPU that this runs, through Triton's interpreter (TRITON_INTERPRET=1).
+``--dry`` proves on a CPU that this runs, through Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -27,6 +29,7 @@ from bench.measure import device_times
 from bench.tuning.candidates import METHODS, Candidate, Target, candidates, present, targets
 from bench.tuning.judges import Judges
 from bench.tuning.launches import tiny
+from bench.tuning.offline import known
 from bench.tuning.trial import Verdict, apart, case_dtype
 from peft_kernels.core import lora_tables, lora_tiles, tile_file, tiles
 
@@ -133,6 +136,16 @@ def _once(call: Callable[[], None]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def ordered(target: Target, family: str) -> list[Candidate]:
+    """Return the candidates as they are tried: the most promising and the nearest, by turns."""
+    near = candidates(target, family)
+    if family == tiles.INTERPRETED:
+        return near
+    scored = sorted(near, key=lambda each: known(target, each, family, compiled=False).score)
+    turns = itertools.chain.from_iterable(zip(scored, near, strict=True))
+    return list(dict.fromkeys(turns))
+
+
 def chosen_entries(target: Target, result: Result, alive: dict[str, Candidate]) -> dict[Any, Any]:
     """Return the entries that a target's measurement asks for: none where the present tile wins."""
     ranked = sorted((ratio, name) for name, ratio in result.ratios.items() if name in alive)
@@ -173,13 +186,15 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.dry and not torch.cuda.is_available():
         parser.error("there is no CUDA device: --dry walks through on a CPU")
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton is imported by the first launch
     start = time.monotonic()
     ends = start + options.seconds
     device = torch.device("cpu" if options.dry else "cuda", None if options.dry else 0)
     family = tiles.table_of(device)
     judges = Judges(0 if options.dry else options.workers, device)
     asked = [
-        (target, candidates(target, family)[: options.most])
+        (target, ordered(target, family)[: options.most])
         for target in targets(tuple(options.method), options.only)
         if family == tiles.INTERPRETED or present(target, family) is not None
     ]
@@ -196,19 +211,20 @@ def main(arguments: Sequence[str]) -> int:
     longest, status = 0.0, 0
     try:
         # Nothing is compiled or tried while tiles are timed.
-        for first in range(0, len(asked), AT_ONCE):
+        at_once, spare_s = (1, 0.0) if options.dry else (AT_ONCE, SPARE_S)
+        for first in range(0, len(asked), at_once):
             began = time.monotonic()
             if began + 1.1 * longest > ends:
                 break
-            batch = asked[first : first + AT_ONCE]
+            batch = asked[first : first + at_once]
             for target, chosen in batch:
                 judges.ask(target, chosen)
             tried = [
-                [judges.answer(target, candidate, ends - SPARE_S) for candidate in chosen]
+                [judges.answer(target, candidate, ends - spare_s) for candidate in chosen]
                 for target, chosen in batch
             ]
             for (target, chosen), verdicts in zip(batch, tried, strict=True):
-                if time.monotonic() > ends - SPARE_S / 3:
+                if time.monotonic() > ends - spare_s / 3:
                     break
                 result, alive = measure(target, chosen, verdicts, device)
                 entries |= chosen_entries(target, result, alive)

@@ -14,6 +14,8 @@ from bench import tune
 from bench.tuning import candidates as tuning
 from bench.tuning import trial
 from bench.tuning.launches import Launch
+from bench.tuning.offline import known
+from peft_kernels.__main__ import main as package
 from peft_kernels.core import lora_tiles, overrides, tile_file, tiles, triton_runtime
 
 CPU = torch.device("cpu")
@@ -121,6 +123,15 @@ def test_candidates_are_others_than_the_present_tile_and_could_be_entries(family
     assert count > 300
 
 
+def test_the_first_candidates_are_the_most_promising_and_the_nearest() -> None:
+    where = target("lora/backward+")
+    near = tuning.candidates(where, "sm_90")
+    found = tune.ordered(where, "sm_90")
+    assert sorted(map(str, found)) == sorted(map(str, near))
+    scores = [known(where, each, "sm_90", compiled=False).score for each in found]
+    assert scores[0] == min(scores) and near[0] in found[:2]
+
+
 def test_the_winner_becomes_an_entry_and_lora_s_variant_a_limit() -> None:
     where = target("lora/large")
     family = "sm_90"
@@ -141,6 +152,14 @@ def test_the_winner_becomes_an_entry_and_lora_s_variant_a_limit() -> None:
     with overrides.forced(overrides.Overrides(chosen)):
         assert lora_tiles.tma_from(family, "large") is None
         assert lora_tiles.table_tile(family, "16bit", "large") == pointers.tile
+
+
+@interpreted
+def test_bench_tune_is_a_command_of_the_package(tmp_path: Path) -> None:
+    out = tmp_path / "tiles.json"
+    options = ["--tune", str(out), "30", "--dry", "--only", "prefix/query 64"]
+    assert package(["bench", *options]) == 0
+    assert list(json.loads(out.read_text())["measured"]) == ["prefix/query 64"]
 
 
 def test_no_gpu_is_said_where_none_was_waived(tmp_path: Path) -> None:
