@@ -19,8 +19,10 @@ import torch
 from bench import methods, store
 from bench.method import DRY, GPU, MAIN, VARIANTS, Case
 from bench.rows import PeakTable, Row, guarded, measure_case, plain
+from bench.stages import watchdog
 
 SECONDS_A_CASE = 2.0
+ITEM_S = 120.0  # one that takes longer ends its process, and costs itself alone
 
 
 def items(dry: bool, ops: Sequence[str] | None = None) -> list[str]:
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         state["running"] = item
         store.replace(Path(state_path), state)
         start = time.monotonic()
-        found += [(item, row) for row in _measure(item, cases, device, peaks)]
+        with watchdog(ITEM_S):
+            found += [(item, row) for row in _measure(item, cases, device, peaks)]
         longest = max(longest, time.monotonic() - start)
         filled = zip(found, peaks.fill([row for _, row in found]), strict=True)
         state["rows"] = [{"item": of, **plain(row)} for (of, _), row in filled]

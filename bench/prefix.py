@@ -40,6 +40,7 @@ from bench.method import (
     speed_up,
 )
 from bench.roofline import Work
+from bench.third_party import flash_attn, flex_attention, usable, xformers
 from peft_kernels import prefix_attention
 
 OTHER_ORDERS = 4  # of eager's sums: one order alone is luck
@@ -342,6 +343,9 @@ def _targets() -> tuple[Target, ...]:
     )  # fmt: skip
 
 
+THIRD_PARTIES = usable(
+    flash_attn.PREFIX, flash_attn.PREFIX_3, flex_attention.PREFIX, xformers.PREFIX
+)
 METHOD = Method(
     name=PrefixCase.op,
     case_type=PrefixCase,
@@ -349,11 +353,11 @@ METHOD = Method(
     quick=quick,
     make_problem=make_problem,
     expected=expected,
-    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
+    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), *THIRD_PARTIES, FUSED),
     work=work,
     targets=_targets(),
     seconds={CPU: 8.0, GPU: 4.0},
-    gpu={MAIN: (EAGER, FLASH, replace(fused("triton"), name=OURS))},
+    gpu={MAIN: (EAGER, FLASH, *THIRD_PARTIES, replace(fused("triton"), name=OURS))},
     columns={"compile": "torch.compile", "fused": "peft_kernels"},
     title="prefix: batch, heads/kv heads, tokens, prefix length, head size, dtype",
 )

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
-    from bench import methods, store, tables
+    from bench import methods, store, tables, third_party
     from bench.rows import FAILED, plain
     from bench.targets import figures
 
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(tables.profile_table(profiles))
     title = "Figures, of tiny shapes that measure nothing" if options.quick else "Figures"
     print(f"\n{title}\n{tables.figure_table(reached)}")
+    print(f"\n{third_party.listed()}")
     print(f"\n{content['seconds']:.0f} s; written to {path}")
     if options.plot:
         from bench.plot import plot

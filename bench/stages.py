@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _running: set[int] = set()
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[None]:
+    """End this process, saying where it was, if what is within takes longer.
+
+    A hung kernel is waited for in C, where no signal handler of Python's runs.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def end_all() -> None:
@@ -54,7 +69,7 @@ def run_stage(
 
     Args:
         command: the program and its arguments.
-        log: file that takes its output.
+        log: file that takes its output, after what it holds.
         seconds: its limit; after it the group is killed.
         environment: all of its environment.
         folder: its working directory.
@@ -62,7 +77,7 @@ def run_stage(
     """
     start = time.monotonic()
     status: int | None = None
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=dict(environment), cwd=folder, start_new_session=True, preexec_fn=_heed_interrupts,

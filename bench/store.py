@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench import third_party
 from peft_kernels import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     versions, devices = report["versions"], report["devices"]
     described: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or _named(),
         # Earlier results lie in the tree; they are not a change of what is measured.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "cpu": devices["cpu"],
@@ -36,12 +37,18 @@ def machine(device: torch.device) -> dict[str, Any]:
         "numpy": versions["numpy"],
         "threads": torch.get_num_threads(),
         "device": device.type,
+        "third_parties": third_party.present(),
     }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["driver"] = devices["driver"]
         described["cuda"] = torch.version.cuda
     return described
+
+
+def _named() -> str | None:
+    """Return the commit that the caller says a copy of the tree without .git is of."""
+    return os.environ.get("PEFT_KERNELS_COMMIT") or os.environ.get("COMMIT") or None
 
 
 def _git(*arguments: str) -> str | None:

@@ -38,9 +38,9 @@ def choose(
     """
     now = present(target, family)
     name = target.name
-    if target.table == "lora" and now.variant == "ticket_tma":
+    variant = getattr(now, "variant", None) if target.table == "lora" else None
+    if variant == "ticket_tma" or getattr(now, "tma", False):
         name = f"tma {name}"
-    variant = now.variant if target.table == "lora" else None
     beside = Candidate((family, target.table, WIDTH, name), now, variant)
     counted = sorted(
         candidates(target, family),

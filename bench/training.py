@@ -3,12 +3,15 @@
 A Llama-shaped model with random weights and peft's LoRA in every projection takes steps of forward,
 backward and AdamW: as peft runs it, under ``torch.compile``, and after ``accelerate``. Each runs in
 turn from the same adapters on the same tokens; one whose losses are not those of peft's gets no
-speed. SECONDS, the second argument, is when it must have ended; what is left out is said.
+speed. SECONDS, the second argument, is when it must have ended; what is left out is said. Further
+arguments are items, "accelerated@NAME OF THE CASE": these alone are measured, beside what OUT.json
+already holds, which at every moment says what is "running".
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import sys
 import time
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import store
+from bench.stages import watchdog
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EAGER, COMPILED, OURS = "peft", "peft compiled", "accelerated"
@@ -28,6 +32,7 @@ APART = "no groups"  # accelerated, but every projection by itself
 CHECKED_STEPS = 4
 # Of the losses of the first steps, which differ by the roundings of bfloat16 alone.
 LOSS_RTOL = 5e-3
+ITEM_S = 150.0  # one that takes longer ends its process
 
 
 @dataclass(frozen=True)
@@ -193,38 +198,63 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def main(out: str, seconds: float = 500.0) -> int:
-    """Measure every case by every provider and rewrite ``out`` after each; 1 where one failed."""
+def items(on_gpu: bool) -> list[str]:
+    """Return what there is to measure: all of the first case, then the others, compiling last."""
+    cases = CASES if on_gpu else (DRY,)
+    first = (EAGER, OURS, COMPILED, APART) if on_gpu else (EAGER, OURS, APART)
+    order = [(name, cases[0]) for name in first]
+    order += [(name, case) for case in cases[1:] for name in (EAGER, OURS, APART)]
+    order += [(COMPILED, case) for case in cases[1:]]
+    return [f"{name}@{case.name}" for name, case in order]
+
+
+def main(out: str, seconds: float = 500.0, *asked: str) -> int:
+    """Measure the items, all if none is named, and rewrite ``out`` after each; 1 if one failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ends = time.monotonic() + seconds
-    cases = CASES if device.type == "cuda" else (DRY,)
-    # What takes longest comes last: compiling.
-    providers = (EAGER, OURS, APART, COMPILED) if device.type == "cuda" else (EAGER, OURS, APART)
-    order = [(case, name) for name in providers for case in cases]
+    path = Path(out)
     results: list[Result] = []
-    longest = dict.fromkeys((EAGER, OURS, APART), 0.0)
-    longest[COMPILED] = 40.0 if device.type == "cuda" else 0.0
-    for case, provider in order:
-        if time.monotonic() + longest[provider] > ends:
-            results.append(Result(case.name, provider, "not run, out of time"))
+    if asked and path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        results = [Result(**row) for row in held]
+    before = len(results)
+    longest = {COMPILED: 40.0 if device.type == "cuda" else 0.0}
+
+    def write(running: str | None) -> None:
+        rows = [asdict(each) for each in results]
+        store.replace(path, {"machine": machine, "running": running, "rows": rows})
+
+    machine = store.machine(device)
+    for item in asked or items(device.type == "cuda"):
+        provider, name = item.split("@", 1)
+        case = next(each for each in (*CASES, DRY) if each.name == name)
+        if time.monotonic() + longest.get(provider, 0.0) > ends:
+            results.append(Result(name, provider, "not run, out of time"))
             continue
+        write(item)
         start = time.monotonic()
         try:
-            found = run(case, provider, device)
+            with watchdog(ITEM_S):
+                found = run(case, provider, device)
         except Exception as error:
-            found = Result(case.name, provider, f"{type(error).__name__}: {error}"[:300])
-        expected = next((r for r in results if r.case == case.name and r.provider == EAGER), None)
+            found = Result(name, provider, f"{type(error).__name__}: {error}"[:300])
+        expected = next((r for r in results if r.case == name and r.provider == EAGER), None)
         # With dropout the masks differ by design.
         results.append(gated(found, expected) if case.dropout_p == 0.0 else found)
-        longest[provider] = max(longest[provider], time.monotonic() - start)
+        longest[provider] = max(longest.get(provider, 0.0), time.monotonic() - start)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        content = {"machine": store.machine(device), "rows": [asdict(each) for each in results]}
-        store.replace(Path(out), content)
+        write(None)
+    write(None)
     print(table(results))
-    return int(any(each.step_ms is None and "out of time" not in each.note for each in results))
+    return int(any(failed(each) for each in results[before:]))
+
+
+def failed(result: Result) -> bool:
+    """Return whether there is no speed for another reason than the time."""
+    return result.step_ms is None and "out of time" not in result.note
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(float, sys.argv[2:3])))
+    sys.exit(main(sys.argv[1], *map(float, sys.argv[2:3]), *sys.argv[3:]))

@@ -31,7 +31,7 @@ from bench.tuning.judges import Judges
 from bench.tuning.launches import tiny
 from bench.tuning.offline import known
 from bench.tuning.trial import Verdict, apart, case_dtype
-from peft_kernels.core import lora_tables, lora_tiles, tile_file, tiles
+from peft_kernels.core import lora_tables, lora_tiles, prefix_tiles, tile_file, tiles
 
 # What a tile must gain to take the present one's place: less may be the weather.
 LEAST_GAIN = 0.01
@@ -154,6 +154,10 @@ def chosen_entries(target: Target, result: Result, alive: dict[str, Candidate]) 
     best = alive[ranked[0][1]]
     entries = {best.entry: best.tile}
     family = best.entry[0]
+    if target.table == "prefix" and best.variant == "pointers":
+        launch, size = target.name.split()[:2]
+        if "drop" not in target.name and prefix_tiles.tma_entry(family, launch, int(size)):
+            entries[(*best.entry[:3], f"tma {target.name}")] = None
     if target.table == "lora" and f"tma {target.name}" in tile_file.NAMES["lora"]:
         before = lora_tiles.tma_from(family, target.name)
         by_tma = best.variant == "ticket_tma"

@@ -40,6 +40,7 @@ from bench.method import (
     speed_up,
 )
 from bench.roofline import Work
+from bench.third_party import adapters, usable
 from peft_kernels import adapter
 
 # Of eager's sums: where all errors come of a handful of sums, a few orders say little.
@@ -182,6 +183,7 @@ def _targets() -> tuple[Target, ...]:
     return tuple(asked)
 
 
+THIRD_PARTIES = usable(adapters.ADAPTER)
 METHOD = Method(
     name=AdapterCase.op,
     case_type=AdapterCase,
@@ -189,11 +191,11 @@ METHOD = Method(
     quick=quick,
     make_problem=make_problem,
     expected=expected,
-    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), FUSED),
+    providers=(EAGER, Provider(COMPILED, _compiled, poison=False), *THIRD_PARTIES, FUSED),
     work=work,
     targets=_targets(),
     seconds={CPU: 8.0, HOST: 4.0, GPU: 4.0},
-    gpu={MAIN: (EAGER, replace(fused("triton"), name=OURS))},
+    gpu={MAIN: (EAGER, *THIRD_PARTIES, replace(fused("triton"), name=OURS))},
     columns={"compile": "torch.compile", "fused": "peft_kernels"},
     title="adapter: tokens x features, bottleneck, activation, dtype, dropout",
     input_bytes=input_bytes,

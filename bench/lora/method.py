@@ -31,6 +31,7 @@ from bench.method import (
     x_frozen,
 )
 from bench.roofline import Work
+from bench.third_party import axolotl, lorafusion, nemo_automodel, peft, usable
 
 
 def expected(problem: Problem, keep: Tensor | None, frozen: bool) -> Expected:
@@ -117,6 +118,7 @@ def _targets() -> tuple[Target, ...]:
     return tuple(asked)
 
 
+THIRD_PARTIES = usable(peft.LORA, axolotl.LORA, nemo_automodel.LORA, lorafusion.LORA)
 # Triton whatever else there is: in the dry run, too, it is these kernels that are walked.
 TRITON = replace(baselines.fused("triton"), name=OURS)
 METHOD = Method(
@@ -126,12 +128,12 @@ METHOD = Method(
     quick=quick,
     make_problem=make_problem,
     expected=expected,
-    providers=(*baselines.BASELINES, FUSED),
+    providers=(*baselines.BASELINES, *THIRD_PARTIES, FUSED),
     work=work,
     targets=_targets(),
     seconds={CPU: 22.0, HOST: 4.0, GPU: 4.0},
     gpu={
-        MAIN: (FROZEN, EAGER, FACTORED, TRITON),
+        MAIN: (FROZEN, EAGER, FACTORED, *THIRD_PARTIES, TRITON),
         VARIANTS: (FROZEN, EAGER, *baselines.VARIANTS),
     },
     columns={

@@ -156,6 +156,10 @@ def adapter(case: AdapterCase, direction: str, family: str) -> Iterator[Kernel]:
 def _prefix_tile(case: PrefixCase, family: str, launch: str, dropout: bool) -> PrefixTile:
     width = _width(case)
     block = prefix_tiles.head_block(case.head_size)
+    if width == "16bit" and not dropout and prefix_tiles.FORCED.current != "pointers":
+        by_tma = prefix_tiles.tma_entry(family, launch, case.head_size)
+        if by_tma is not None:
+            return by_tma
     tile = prefix_tiles.family_tile(width, family, launch, block, dropout)
     name = prefix_tiles.entry_name(launch, case.head_size, dropout)
     own: PrefixTile = overrides.entry(family, "prefix", width, name, tile)

@@ -70,7 +70,7 @@ class Candidate:
     Attributes:
         entry: the entry's key; one by TMA has its own.
         tile: the tile, None: what the tables say, without being forced.
-        variant: of LoRA, forced.
+        variant: of LoRA or of prefix attention, forced.
         beside: further entries that let a launch take the tile.
         overrides: what lets launches take the tile.
     """
@@ -103,7 +103,8 @@ class Candidate:
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
         """Make launches take it."""
-        with forced(self.overrides), lora_tiles.forced_variant(self.variant):
+        of = prefix_tiles if self.entry[1] == "prefix" else lora_tiles
+        with forced(self.overrides), of.forced_variant(self.variant):
             yield
 
 
@@ -196,7 +197,9 @@ def present(target: Target, family: str) -> Any:
         return lora_tiles.table_tile(family, WIDTH, name)
     if target.table == "prefix":
         launch, size, *dropout = name.split()
-        return prefix_tiles.family_tile(WIDTH, family, launch, int(size), bool(dropout))
+        by_tma = None if dropout else prefix_tiles.tma_entry(family, launch, int(size))
+        pointers = prefix_tiles.family_tile(WIDTH, family, launch, int(size), bool(dropout))
+        return by_tma or pointers
     if target.table == "adapter":
         return adapter_tiles.family_tile(family, WIDTH, *_adapter_key(name))
     table = tiles.family_reduction_tiles(family)
@@ -223,6 +226,9 @@ def candidates(target: Target, family: str) -> list[Candidate]:
         if isinstance(tile, LoRATile):
             variant = tile.variant
             name = ("tma " if variant == "ticket_tma" else "") + name
+        elif isinstance(tile, PrefixTile):
+            variant = "fused" if tile.tma else "pointers"
+            name = ("tma " if tile.tma else "") + name
         if tile != now and tile_file.problem_of(family, target.table, WIDTH, name, tile) is None:
             found.append(Candidate((*key[:3], name), tile, variant))
     return sorted(found, key=lambda each: _distance(each.tile, now))
@@ -232,7 +238,7 @@ def _distance(tile: Any, other: Any) -> float:
     """Return how many doublings lie between two tiles; another variant counts as one."""
     total = 0.0
     for name, value in vars(tile).items():
-        if isinstance(value, bool):
+        if isinstance(value, bool) or name == "registers":
             total += value != getattr(other, name)
         elif isinstance(value, int):
             total += abs(math.log2(value / getattr(other, name)))
@@ -264,6 +270,9 @@ def _grid(target: Target, family: str) -> Iterator[Any]:
             held = 2 * n * int(size) if launch in ("key", "prefix") else m * int(size)
             if fits(held, warps):
                 yield PrefixTile(m, n, warps, stages)
+                if family in lora_tables.TMA and f"tma {target.name}" in tile_file.NAMES["prefix"]:
+                    yield PrefixTile(m, n, warps, stages, True)
+                    yield PrefixTile(m, n, warps, stages, True, 168)
     elif target.table == "adapter":
         _, _, block = _adapter_key(target.name)
         for m, d, warps, stages in itertools.product(

@@ -254,10 +254,14 @@ def _guessed_kib(target: Target, tile: Any, gpu: Gpu) -> float:
 
 def _reports(target: Target, tile: Any, family: str) -> Iterator[tuple[Any, list[str]]]:
     """Yield what the compiler made of the forms that need most, and what is wrong with it."""
-    from tests.compile import sweep
+    from tests.compile import prefix_sources, sweep
 
     for kernel, source in _sources(target, tile):
-        case = sweep.Case("", kernel, source, tile.num_warps, tile.num_stages)
+        plain = target.table == "prefix" and prefix_sources.is_plain(source)
+        case = sweep.Case(
+            "", kernel, source, tile.num_warps, tile.num_stages,
+            registers=tile.registers if plain else 0,
+        )  # fmt: skip
         report = sweep.compile_case(case, family)
         yield report, report.problems(family, pipelined=tile.num_stages > 1)
 

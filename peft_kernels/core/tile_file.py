@@ -2,14 +2,15 @@
 
     {"families": {"sm_90": {
         "lora": {"16bit": {"large": "ticket 128x256x64x8x4", "tma large": "ticket_tma ..."}},
-        "prefix": {"16bit": {"key 128": "64x64x4x2", "key 128 dropout": "32x128x8x2"}},
+        "prefix": {"16bit": {"key 128 dropout": "32x128x8x2", "tma key 64": "64x64x4x2/168"}},
         "adapter": {"16bit": {"many forward 64": "64x128x8x3"}},
         "reduction": {"16bit": {"64": "64x128x64x8x3 sums"}}, "adapter reduction": {...},
         "limits": {"tma_from": {"large": 34359738368}, "split_from": {"queries": null}}}}}
 
-Sizes are those of the tile's dataclass in its order, warps and stages last. What is not named is
-left to the tables; everything beside "families" is for people. An entry that no table has, or a
-tile that no launch could run, is refused by its name.
+Sizes are those of the tile's dataclass in its order, warps and stages last, then, of prefix
+attention, a bound of registers. A "tma" entry of prefix attention may be null: by pointers. What is
+not named is left to the tables; everything beside "families" is for people. An entry that no table
+has, or a tile that no launch could run, is refused by its name.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ _BLOCKS = (16, 32, 64, 128, 256)
 # The names that each table has.
 NAMES: dict[str, tuple[str, ...]] = {
     "lora": (*_CLASSES, *(f"tma {name}" for name in _TMA_CLASSES)),
-    "prefix": tuple(
-        prefix_tiles.entry_name(launch, size, dropout)
-        for launch in prefix_tiles.LAUNCHES
-        for size in (64, 128, 256)
-        for dropout in (False, True)
+    "prefix": (
+        *(
+            prefix_tiles.entry_name(launch, size, dropout)
+            for launch in prefix_tiles.LAUNCHES
+            for size in (64, 128, 256)
+            for dropout in (False, True)
+        ),
+        *(f"tma {launch} {size}" for launch in prefix_tiles.LAUNCHES for size in (64, 128)),
     ),
     "adapter": tuple(
         f"{shape_class} {direction} {block}"
@@ -88,7 +92,7 @@ def dumped(entries: Mapping[Key, Any]) -> dict[str, Any]:
     families: dict[str, Any] = {}
     for (family, table, width, name), value in entries.items():
         group = families.setdefault(family, {}).setdefault(table, {}).setdefault(width, {})
-        group[name] = value if table == "limits" else text(value)
+        group[name] = value if table == "limits" or value is None else text(value)
     return families
 
 
@@ -100,7 +104,8 @@ def text(tile: LoRATile | PrefixTile | AdapterTile | ReductionTile) -> str:
         sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}x{tile.num_warps}x{tile.num_stages}"
         return f"{tile.variant} {sizes}" + (f" group {tile.group_m}" if tile.group_m != 8 else "")
     if isinstance(tile, PrefixTile):
-        return f"{tile.block_m}x{tile.block_n}x{tile.num_warps}x{tile.num_stages}"
+        bound = f"/{tile.registers}" if tile.registers else ""
+        return f"{tile.block_m}x{tile.block_n}x{tile.num_warps}x{tile.num_stages}{bound}"
     if isinstance(tile, AdapterTile):
         return f"{tile.block_m}x{tile.block_d}x{tile.num_warps}x{tile.num_stages}"
     sizes = f"{tile.block_m}x{tile.block_c}x{tile.block_r}x{tile.num_warps}x{tile.num_stages}"
@@ -127,6 +132,8 @@ def parsed(family: str, table: str, width: str, name: str, value: object) -> Any
     _known(family, table, NAMES)
     _known(f"{family}/{table}", width, WIDTHS)
     _known(f"{family}/{table}/{width}", name, NAMES[table])
+    if value is None and table == "prefix" and name.startswith("tma "):
+        return None  # by pointers
     try:
         tile, problem = _READERS[table](family, WIDTHS[width], name, str(value))
     except (TypeError, AttributeError):
@@ -226,13 +233,21 @@ def _lora(family: str, itemsize: int, name: str, value: str) -> tuple[LoRATile, 
 
 
 def _prefix(family: str, itemsize: int, name: str, value: str) -> tuple[PrefixTile, str | None]:
-    m, n, warps, stages = _sizes(value, 4)
-    launch, head = name.split()[0], int(name.split()[1])
+    sizes, _, bound = value.partition("/")
+    m, n, warps, stages = _sizes(sizes, 4)
+    by_tma = name.startswith("tma ")
+    launch, size = name.removeprefix("tma ").split()[:2]
+    head = int(size)
     # Out and the scores, or dq; dk and dv of a block of keys.
     held = 2 * n * head if launch in ("key", "prefix") else m * head
     streamed = m if launch in ("key", "prefix") else n
-    tile = PrefixTile(m, n, warps, stages)
-    return tile, _impossible(family, (m, n), warps, stages, held, 2 * streamed * head * itemsize)
+    tile = PrefixTile(m, n, warps, stages, by_tma, int(bound or 0))
+    problem = _impossible(family, (m, n), warps, stages, held, 2 * streamed * head * itemsize)
+    if bound and not 32 <= tile.registers <= 255:
+        problem = "bounds registers to a number that is not 32 to 255"
+    if by_tma and (itemsize > 2 or family not in _BY_TMA):
+        problem = "goes by TMA, which 16-bit dtypes on Hopper do"
+    return tile, problem
 
 
 def _adapter(family: str, itemsize: int, name: str, value: str) -> tuple[AdapterTile, str | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_kernels.core import prefix_tiles, tiles
 from peft_kernels.core.prefix_tiles import PrefixTile
@@ -40,12 +41,28 @@ class Call:
         """Triton's input precision of the products."""
         return tiles.precision(self.query.dtype, self.query.device)
 
-    def tile(self, launch: str) -> PrefixTile:
-        """Return the tile of one launch: "forward", "query", "key" or "prefix"."""
-        return prefix_tiles.prefix_tile(
-            self.query.device, self.query.dtype, self.query.shape[3], launch,
-            self.seed is not None,
-        )  # fmt: skip
+    def tile(self, launch: str, dout: Tensor | None = None) -> PrefixTile:
+        """Return the tile of one launch: "forward", "query", "key" or "prefix".
+
+        Args:
+            launch: which one.
+            dout: what "key" and "prefix" stream beside the queries.
+        """
+
+        def chosen(tma: bool) -> PrefixTile:
+            return prefix_tiles.prefix_tile(
+                self.query.device, self.query.dtype, self.query.shape[3], launch,
+                self.seed is not None, tma,
+            )  # fmt: skip
+
+        if launch in ("forward", "query"):
+            streamed = [self.key, self.value]
+            if self.prefix_key.shape[2]:
+                streamed += self.prefix_key, self.prefix_value
+            return chosen(all(map(_describable, streamed)))
+        tile = chosen(dout is not None and _describable(self.query) and _describable(dout))
+        # Rows of several heads are no block of any tensor.
+        return chosen(False) if tile.tma and self.fold(tile) else tile
 
     def fold(self, tile: PrefixTile) -> bool:
         """Return whether a tile holds rows of several heads: of few queries."""
@@ -119,12 +136,54 @@ class Call:
             "stride_pvh": stride_pvh, "stride_pvn": stride_pvn,
         }  # fmt: skip
 
-    def blocks(self, tile: PrefixTile) -> dict[str, Any]:
-        """Return the sizes of a tile."""
-        return {
+    def blocks(self, tile: PrefixTile, *, plain: bool = False) -> dict[str, Any]:
+        """Return the sizes of a tile; ``plain``: the launch has no masks that take registers."""
+        bound = {"maxnreg": tile.registers} if plain and tile.registers else {}
+        return bound | {
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "FOLD": self.fold(tile),
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages, "TMA": tile.tma,
         }  # fmt: skip
+
+    def streamed_keys(self, tile: PrefixTile) -> dict[str, Any]:
+        """Return descriptors of keys, values and prefix, nothing for a tile without TMA.
+
+        Where there is no prefix, what is never read is named by those of the keys.
+        """
+        if not tile.tma:
+            return {}
+        width = prefix_tiles.head_block(self.query.shape[3])
+        k, v = (descriptor(each, tile.block_n, width) for each in (self.key, self.value))
+        rows = self.prefix_block(tile)
+        prefix = (self.prefix_key, self.prefix_value)
+        pk, pv = (descriptor(each, rows, width) for each in prefix) if rows else (k, v)
+        return {"k_ptr": k, "v_ptr": v, "prefix_k_ptr": pk, "prefix_v_ptr": pv}
+
+    def streamed_rows(self, tile: PrefixTile, dout: Tensor) -> dict[str, Any]:
+        """Return descriptors of queries and dout, nothing for a tile without TMA."""
+        if not tile.tma:
+            return {}
+        width = prefix_tiles.head_block(self.query.shape[3])
+        q, do = (descriptor(each, tile.block_m, width) for each in (self.query, dout))
+        return {"q_ptr": q, "dout_ptr": do}
+
+
+def _describable(t: Tensor) -> bool:
+    """Return whether a tensor descriptor may name ``t`` [b, h, n, d]: the rules of TMA.
+
+    There is something; strides and the address are multiples of 16 bytes, and no stride is 0.
+    """
+    if not t.numel() or t.stride(3) != 1 or t.data_ptr() % 16:
+        return False
+    size = t.element_size()
+    pitches = [s * size for n, s in zip(t.shape, t.stride(), strict=True) if n > 1][:-1]
+    return all(0 < pitch < 1 << 40 and pitch % 16 == 0 for pitch in pitches)
+
+
+def descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Return what names blocks of ``rows`` rows of one head of ``t`` [b, h, n, d], zeros beyond."""
+    # The stride of a single index is never used, and may be anything.
+    strides = [s if n > 1 else t.shape[3] for n, s in zip(t.shape, t.stride(), strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*strides[:3], 1], [1, 1, rows, width])
 
 
 def some(value: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
     load_block,
+    load_rows,
     row_tile,
     row_tiles,
     seen_keys,
@@ -47,12 +48,12 @@ from peft_kernels.prefix.score_kernels import (
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn,
+    acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
     start, before, whole, whole_blocks, blocks, stop, first, last, mask_ptr, stride_mask,
     seed_ptr, rows, column, groups, drop_threshold, score_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, EDGES: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (acc, row_max, row_sum) after some blocks of keys, from ``start`` on or EDGES."""
     offs = tl.arange(0, BLOCK_N)
@@ -61,10 +62,7 @@ def _attend(
         if EDGES:
             block = edge_block(index, start, before, whole, whole_blocks)
         n = block * BLOCK_N
-        base = n.to(tl.int64)
-        k = load_block(
-            k_ptr + base * stride_kn, offs * stride_kn, n + offs < stop, D, BLOCK_D, MASK
-        )
+        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
         s = scores(
             q, k, n + offs, stop, first, last, mask_ptr, stride_mask,
             MASK, BOUNDED, KEY_MASK, PRECISION,
@@ -77,9 +75,7 @@ def _attend(
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, (column + n) // 4, groups, drop_threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = load_block(
-            v_ptr + base * stride_vn, offs * stride_vn, n + offs < stop, D, BLOCK_D, MASK
-        )
+        v = load_rows(v_ptr, stride_vn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
         acc = multiply_add(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -87,9 +83,9 @@ def _attend(
 
 @triton.jit
 def _normaliser(
-    q, k_ptr, stride_kn, blocks, stop, score_scale,
+    q, k_ptr, stride_kn, batch, kv_head, blocks, stop, score_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (row_max, row_sum) of the scores over the prefix."""
     offs = tl.arange(0, BLOCK_N)
@@ -97,10 +93,8 @@ def _normaliser(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for index in range(blocks):
         n = index * BLOCK_N
-        k = load_block(
-            k_ptr + n.to(tl.int64) * stride_kn, offs * stride_kn, n + offs < stop, D, BLOCK_D, True
-        )
-        s = scores(q, k, n + offs, stop, 0, 0, k_ptr, 0, True, False, False, PRECISION)
+        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
+        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, True, False, False, PRECISION)
         new_max = tl.maximum(row_max, tl.max(s, axis=1) * score_scale)
         p = exponential(s * score_scale - new_max[:, None], q)
         row_sum = row_sum * exponential(row_max - new_max, q) + tl.sum(p, axis=1)
@@ -110,10 +104,10 @@ def _normaliser(
 
 @triton.jit
 def _add_gated(
-    acc, factor, row_max, q, k_ptr, v_ptr, stride_kn, stride_vn, blocks, stop,
+    acc, factor, row_max, q, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head, blocks, stop,
     seed_ptr, rows, groups, drop_threshold, score_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return acc + factor · e^(s - row_max) V_prefix, the factor one number for each row.
 
@@ -125,16 +119,14 @@ def _add_gated(
     factor = factor * (1.0 / unit)
     for index in range(blocks):
         n = index * BLOCK_N
-        base = n.to(tl.int64)
-        exists = n + offs < stop
-        k = load_block(k_ptr + base * stride_kn, offs * stride_kn, exists, D, BLOCK_D, True)
-        s = scores(q, k, n + offs, stop, 0, 0, k_ptr, 0, True, False, False, PRECISION)
+        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
+        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, True, False, False, PRECISION)
         p = exponential(s * score_scale - row_max[:, None], q) * factor[:, None]
         if DROPOUT:
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, n // 4, groups, drop_threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = load_block(v_ptr + base * stride_vn, offs * stride_vn, exists, D, BLOCK_D, True)
+        v = load_rows(v_ptr, stride_vn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
         acc = multiply_add(p.to(v.dtype), v, acc, PRECISION)
     return acc * unit[:, None]
 
@@ -150,9 +142,12 @@ def _prefix_forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix."""
+    """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix.
+
+    TMA: keys, values and the prefix are descriptors; a prefix that is shared has a stride of 0.
+    """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
     tiles = row_tiles(S, group, BLOCK_M, FOLD)
     pair = tl.program_id(0) // tiles
@@ -166,10 +161,13 @@ def _prefix_forward_kernel(
     offs_q = head * stride_qh + query.to(tl.int64) * stride_qm
     q = load_block(q_ptr + batch * stride_qb, offs_q, exists, D, BLOCK_D, True)
     q = negated(q, NEGATE)
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    prefix_k_ptr += batch * stride_pkb + kv_head * stride_pkh
-    prefix_v_ptr += batch * stride_pvb + kv_head * stride_pvh
+    if not TMA:
+        k_ptr += batch * stride_kb + kv_head * stride_kh
+        v_ptr += batch * stride_vb + kv_head * stride_vh
+        prefix_k_ptr += batch * stride_pkb + kv_head * stride_pkh
+        prefix_v_ptr += batch * stride_pvb + kv_head * stride_pvh
+    sample, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
+    owner = tl.where(stride_pkb == 0, 0, sample)
     mask_ptr += batch * stride_mask_b
     first, last = seen_keys(
         query, S, T, window, cu_seqlens_ptr, segments, steps, CAUSAL, WINDOW, PACKED
@@ -184,22 +182,22 @@ def _prefix_forward_kernel(
     if BLOCK_P > 0 and not GATED:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
-            0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last, mask_ptr, 0,
+            owner, kv_index, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last, mask_ptr, 0,
             seed_ptr, rows, 0, groups, drop_threshold, score_scale,
-            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION,
+            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
     if not KEY_MASK:
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn,
+            acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn, sample, kv_index,
             whole, 0, 0, 0, whole_blocks, T, first, last, mask_ptr, stride_mask,
             seed_ptr, rows, padded, groups, drop_threshold, score_scale,
-            D, BLOCK_D, BLOCK_N, False, False, False, False, DROPOUT, PRECISION,
+            D, BLOCK_D, BLOCK_N, False, False, False, False, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn,
+        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kn, stride_vn, sample, kv_index,
         start, before, whole, whole_blocks, edges, T, first, last, mask_ptr, stride_mask,
         seed_ptr, rows, padded, groups, drop_threshold, score_scale,
-        D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DROPOUT, PRECISION,
+        D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DROPOUT, PRECISION, TMA,
     )  # fmt: skip
 
     tl.store(lse_ptr + rows, log_sum(row_max, row_sum, q), mask=exists)
@@ -209,17 +207,17 @@ def _prefix_forward_kernel(
         if BLOCK_P > 0:
             strength = tanh(tl.load(gate_ptr + head))
             prefix_max, prefix_sum = _normaliser(
-                q, prefix_k_ptr, stride_pkn, tl.cdiv(P, BLOCK_P), P, score_scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_P, PRECISION,
+                q, prefix_k_ptr, stride_pkn, owner, kv_index, tl.cdiv(P, BLOCK_P), P, score_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_P, PRECISION, TMA,
             )  # fmt: skip
             # Zeros would add nothing but the sign of a zero.
             open_gate = tl.max((tl.abs(strength) + prefix_sum * 0.0 > 0.0).to(tl.int32), axis=0)
             acc = _add_gated(
                 acc, strength * inverse_keep / prefix_sum, prefix_max,
-                q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
+                q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn, owner, kv_index,
                 open_gate * tl.cdiv(P, BLOCK_P), P, seed_ptr, rows, groups, drop_threshold,
                 score_scale,
-                D, BLOCK_D, BLOCK_P, DROPOUT, PRECISION,
+                D, BLOCK_D, BLOCK_P, DROPOUT, PRECISION, TMA,
             )  # fmt: skip
         tl.store(prefix_lse_ptr + rows, log_sum(prefix_max, prefix_sum, q), mask=exists)
     store_block(out_ptr, acc, rows * D, exists, D, BLOCK_D)

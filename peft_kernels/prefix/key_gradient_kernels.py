@@ -20,6 +20,7 @@ from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
     load_block,
+    load_rows,
     row_tile,
     row_tiles,
     seeing_queries,
@@ -37,27 +38,36 @@ from peft_kernels.prefix.score_kernels import (
 @triton.jit
 def _add_key_gradients(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr, gate_ptr,
-    inverse_unit, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S, group, first,
-    last,
+    inverse_unit, stride_qh, stride_qm, stride_oh, stride_om, batch, first_head, tile, first_row,
+    S, group, first, last,
     seed_ptr, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, DP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Return (dk / scale, dv · (1 - p)) of a tile of keys after one tile of rows.
 
     BOUNDED: a key is seen by the queries of [first, last). GATED: p times tanh(gate), whose first
-    head is at ``gate_ptr``, times ``inverse_unit``.
+    head is at ``gate_ptr``, times ``inverse_unit``. TMA: q and dout are descriptors. DP_FIRST: both
+    products that need no exponential come before it.
     """
     head, query, row, exists = row_tile(tile, S, group, BLOCK_M, FOLD)
     rows = first_row + row
-    query64 = query.to(tl.int64)
-    q = load_block(q_ptr, head * stride_qh + query64 * stride_qm, exists, D, BLOCK_D, LOAD_MASK)
-    dout = load_block(
-        dout_ptr, head * stride_oh + query64 * stride_om, exists, D, BLOCK_D, LOAD_MASK
-    )
+    if TMA:
+        row0 = (tile % tl.cdiv(S, BLOCK_M)) * BLOCK_M
+        q = load_rows(q_ptr, 0, batch, first_head + head, row0, S, BLOCK_M, D, BLOCK_D, False, TMA)
+        dout = load_rows(
+            dout_ptr, 0, batch, first_head + head, row0, S, BLOCK_M, D, BLOCK_D, False, TMA
+        )
+    else:
+        query64 = query.to(tl.int64)
+        offs_q, offs_o = query64 * stride_qm, query64 * stride_om
+        q = load_block(q_ptr, head * stride_qh + offs_q, exists, D, BLOCK_D, LOAD_MASK)
+        dout = load_block(dout_ptr, head * stride_oh + offs_o, exists, D, BLOCK_D, LOAD_MASK)
     s = multiply(k, tl.trans(q), PRECISION)  # [BLOCK_N, BLOCK_M]
+    if NEED_DK and DP_FIRST:
+        dp = multiply(v, tl.trans(dout), PRECISION)
     p = exponential(s * score_scale - load_lse(lse_ptr, rows, exists, q)[None, :], q)
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
@@ -75,7 +85,8 @@ def _add_key_gradients(
     if NEED_DV:
         dv = multiply_add(kept.to(dout.dtype), dout, dv, PRECISION)
     if NEED_DK:
-        dp = multiply(v, tl.trans(dout), PRECISION)
+        if not DP_FIRST:
+            dp = multiply(v, tl.trans(dout), PRECISION)
         if DROPOUT:
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
@@ -99,9 +110,12 @@ def _prefix_key_gradient_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DK: tl.constexpr,
-    NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch · key heads · key tiles,): dk and dv of the sequence."""
+    """Grid (batch · key heads · key tiles,): dk and dv of the sequence.
+
+    TMA: q and dout are descriptors, and no tile holds rows of several heads.
+    """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
     tiles = tl.cdiv(T, BLOCK_N)
     pair = tl.program_id(0) // tiles
@@ -117,8 +131,10 @@ def _prefix_key_gradient_kernel(
         v_ptr + batch * stride_vb + kv_head * stride_vh, key64 * stride_vn, exists, D, BLOCK_D, True
     )
     k = negated(k, NEGATE)
-    q_ptr += batch * stride_qb + kv_head * group * stride_qh
-    dout_ptr += batch * stride_ob + kv_head * group * stride_oh
+    first_head = (kv_head * group).to(tl.int32)
+    if not TMA:
+        q_ptr += batch * stride_qb + first_head * stride_qh
+        dout_ptr += batch * stride_ob + first_head * stride_oh
     first_row = pair.to(tl.int64) * group * S
 
     # Keys that do not exist are the last one, so that they lengthen no interval.
@@ -138,11 +154,11 @@ def _prefix_key_gradient_kernel(
         for tile in range(tl.cdiv(group * S, BLOCK_M)):
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
-                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
-                group, first, last,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
+                first_head, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION,
+                NEED_DK, NEED_DV, PRECISION, TMA, False,
             )  # fmt: skip
     else:
         blocks = tl.cdiv(S, BLOCK_M)
@@ -150,22 +166,22 @@ def _prefix_key_gradient_kernel(
             tile = index // whole_blocks * blocks + whole + index % whole_blocks
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
-                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
-                group, first, last,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
+                first_head, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION,
+                NEED_DK, NEED_DV, PRECISION, TMA, False,
             )  # fmt: skip
         for index in range(group * edges):
             block = edge_block(index % edges, start, before, whole, whole_blocks)
             tile = index // edges * blocks + block
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
-                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, tile, first_row, S,
-                group, first, last,
+                lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
+                first_head, tile, first_row, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION,
+                NEED_DK, NEED_DV, PRECISION, TMA, False,
             )  # fmt: skip
     rows = pair.to(tl.int64) * T + key64  # of [B, Hkv, T]
     if NEED_DK:
@@ -196,11 +212,12 @@ def _prefix_gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
     NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (prefix tiles, prefixes · key heads, splits); B: batch rows that share a prefix.
 
-    ``lse`` and ``delta`` are those of the softmax that the prefix takes part in.
+    ``lse`` and ``delta`` are those of the softmax that the prefix takes part in. TMA: q and dout
+    are descriptors, and no tile holds rows of several heads.
     """
     n = tl.program_id(0) * BLOCK_N
     pair = tl.program_id(1)  # of [Bp, Hkv]
@@ -217,8 +234,7 @@ def _prefix_gradient_kernel(
         exists, D, BLOCK_D, True,
     )  # fmt: skip
     k = negated(k, NEGATE)
-    q_ptr += kv_head * group * stride_qh
-    dout_ptr += kv_head * group * stride_oh
+    first_head = (kv_head * group).to(tl.int32)
     groups = tl.cdiv(P, 4) + tl.cdiv(T, 4)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -234,14 +250,19 @@ def _prefix_gradient_kernel(
     begin = tl.program_id(2) * length
     for index in range(begin, tl.minimum(begin + length, B * tiles)):
         batch = owner * B + index // tiles
+        if TMA:
+            q_rows, dout_rows = q_ptr, dout_ptr
+        else:
+            q_rows = q_ptr + batch * stride_qb + first_head * stride_qh
+            dout_rows = dout_ptr + batch * stride_ob + first_head * stride_oh
         dk, dv = _add_key_gradients(
-            dk, dv, k, v, q_ptr + batch * stride_qb, dout_ptr + batch * stride_ob,
-            lse_ptr, delta_ptr, correction_ptr, dlse_ptr, gate_ptr, 1.0 / unit,
-            stride_qh, stride_qm, stride_oh, stride_om, index % tiles,
-            (batch * kv_heads + kv_head) * group * S, S, group, offs_n, offs_n,
+            dk, dv, k, v, q_rows, dout_rows, lse_ptr, delta_ptr, correction_ptr,
+            dlse_ptr, gate_ptr, 1.0 / unit,
+            stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32), first_head,
+            index % tiles, (batch * kv_heads + kv_head) * group * S, S, group, offs_n, offs_n,
             seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,
             D, BLOCK_D, BLOCK_M, BLOCK_N, True, False, GATED, HAS_DLSE, DROPOUT, FOLD,
-            NEED_DK, NEED_DV, PRECISION,
+            NEED_DK, NEED_DV, PRECISION, TMA, TMA,
         )  # fmt: skip
     dk *= scale * unit
     dv *= inverse_keep * unit

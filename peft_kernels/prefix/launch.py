@@ -52,6 +52,7 @@ def prefix_forward(
         return
     if call_aligned(prefix_forward, arguments, range(5), (13,)):
         return
+    keys = call.keys(key_mask, cu_seqlens, causal, window)
     with torch.cuda.device_of(query):
         launch(
             kernels._prefix_forward_kernel,
@@ -62,9 +63,8 @@ def prefix_forward(
             BLOCK_P=call.prefix_block(tile),
             GATED=gate is not None,
             **call.common(scale, dropout_p),
-            **call.keys(key_mask, cu_seqlens, causal, window),
-            **call.prefix(),
-            **call.blocks(tile),
+            **keys | call.prefix() | call.streamed_keys(tile),
+            **call.blocks(tile, plain=_plain(key_mask, cu_seqlens, window, gate)),
         )
 
 
@@ -125,6 +125,7 @@ def prefix_backward(
         "stride_ob": dout.stride(0), "stride_oh": dout.stride(1), "stride_om": dout.stride(2),
     }  # fmt: skip
     keys = call.keys(key_mask, cu_seqlens, causal, window)
+    plain = _plain(key_mask, cu_seqlens, window, gate)
     with torch.cuda.device_of(query):
         if exact or any(each is not None for each in (dquery, dkey, dprefix_key, dgate)):
             tile = call.tile("query")
@@ -141,12 +142,11 @@ def prefix_backward(
                 GATED=gate is not None,
                 NEED_DQ=dquery is not None,
                 **common,
-                **keys,
-                **call.prefix(),
-                **call.blocks(tile),
+                **keys | call.prefix() | call.streamed_keys(tile),
+                **call.blocks(tile, plain=plain),
             )
         if (dkey is not None or dvalue is not None) and key.shape[2]:
-            tile = call.tile("key")
+            tile = call.tile("key", dout)
             programs = key.shape[0] * key.shape[1] * triton.cdiv(key.shape[2], tile.block_n)
             launch(
                 key_gradient_kernels._prefix_key_gradient_kernel,
@@ -155,9 +155,9 @@ def prefix_backward(
                 dv_ptr=some(dvalue, out),
                 NEED_DK=dkey is not None,
                 NEED_DV=dvalue is not None,
-                **common,
+                **common | call.streamed_rows(tile, dout),
                 **keys,
-                **call.blocks(tile),
+                **call.blocks(tile, plain=plain),
             )
         if (dprefix_key is not None or dprefix_value is not None) and prefix_key.shape[2]:
             if gate is not None:
@@ -165,7 +165,7 @@ def prefix_backward(
                     "lse_ptr": prefix_lse, "delta_ptr": prefix_delta,
                     "correction_ptr": prefix_correction, "HAS_DLSE": False,
                 }  # fmt: skip
-            _prefix_gradient(call, common, gate, dprefix_key, dprefix_value)
+            _prefix_gradient(call, common, dout, gate, dprefix_key, dprefix_value)
         if dgate is not None and gate is not None:
             batch, heads, queries, _ = query.shape
             launch(
@@ -178,12 +178,13 @@ def prefix_backward(
 def _prefix_gradient(
     call: Call,
     common: Mapping[str, Any],
+    dout: Tensor,
     gate: Tensor | None,
     dprefix_key: Tensor | None,
     dprefix_value: Tensor | None,
 ) -> None:
     """Write the prefix's gradients in one launch, whose last programs to arrive add the parts."""
-    tile = call.tile("prefix")
+    tile = call.tile("prefix", dout)
     owners, kv_heads, length, size = call.prefix_key.shape
     sharing = call.query.shape[0] // owners
     fold = call.fold(tile)
@@ -216,10 +217,17 @@ def _prefix_gradient(
         GATED=gate is not None,
         NEED_DK=dprefix_key is not None,
         NEED_DV=dprefix_value is not None,
-        **common,
+        **dict(common) | call.streamed_rows(tile, dout),
         **call.prefix(),
-        **call.blocks(tile),
+        **call.blocks(tile, plain=gate is None),
     )
+
+
+def _plain(
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, window: int | None, gate: Tensor | None
+) -> bool:
+    """Return whether a launch has no more than a causal mask."""
+    return key_mask is None and cu_seqlens is None and window is None and gate is None
 
 
 def _splits(row_tiles: int, programs: int, device: torch.device) -> int:

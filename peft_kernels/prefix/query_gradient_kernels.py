@@ -24,6 +24,7 @@ from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
     load_block,
+    load_rows,
     row_tile,
     row_tiles,
     seen_keys,
@@ -40,12 +41,12 @@ from peft_kernels.prefix.score_kernels import (
 
 @triton.jit
 def _block_of_keys(
-    index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
+    index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
     start, before, whole, whole_blocks, stop, first, last, mask_ptr, stride_mask,
     seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, EDGES: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (k, p, dp) of one block of keys, from ``start`` on or EDGES."""
     offs = tl.arange(0, BLOCK_N)
@@ -53,10 +54,8 @@ def _block_of_keys(
     if EDGES:
         block = edge_block(index, start, before, whole, whole_blocks)
     n = block * BLOCK_N
-    base = n.to(tl.int64)
-    exists = n + offs < stop
-    k = load_block(k_ptr + base * stride_kn, offs * stride_kn, exists, D, BLOCK_D, MASK)
-    v = load_block(v_ptr + base * stride_vn, offs * stride_vn, exists, D, BLOCK_D, MASK)
+    k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
+    v = load_rows(v_ptr, stride_vn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
     s = scores(
         q, k, n + offs, stop, first, last, mask_ptr, stride_mask,
         MASK, BOUNDED, KEY_MASK, PRECISION,
@@ -72,20 +71,20 @@ def _block_of_keys(
 
 @triton.jit
 def _add_row_sums(
-    delta, total, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
+    delta, total, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
     start, before, whole, whole_blocks, blocks, stop, first, last, mask_ptr, stride_mask,
     seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, EDGES: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (Σ p · dp, Σ p) of the rows after some blocks of keys."""
     for index in range(blocks):
         _, p, dp = _block_of_keys(
-            index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
+            index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
             start, before, whole, whole_blocks, stop, first, last, mask_ptr, stride_mask,
             seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_N, MASK, EDGES, BOUNDED, KEY_MASK, DROPOUT, PRECISION,
+            D, BLOCK_D, BLOCK_N, MASK, EDGES, BOUNDED, KEY_MASK, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
         delta += tl.sum(p * dp, axis=1)
         total += tl.sum(p, axis=1)
@@ -94,20 +93,21 @@ def _add_row_sums(
 
 @triton.jit
 def _add_query_gradient(
-    dq, q, dout, row_lse, delta, dlse, factor, k_ptr, v_ptr, stride_kn, stride_vn,
+    dq, q, dout, row_lse, delta, dlse, factor, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
     start, before, whole, whole_blocks, blocks, stop, first, last, mask_ptr, stride_mask,
     seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, EDGES: tl.constexpr, BOUNDED: tl.constexpr, KEY_MASK: tl.constexpr,
     DLSE: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Return dq / scale after some blocks of keys, each row's p times its factor."""
     for index in range(blocks):
         k, p, dp = _block_of_keys(
-            index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
+            index, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head,
             start, before, whole, whole_blocks, stop, first, last, mask_ptr, stride_mask,
             seed_ptr, rows, column, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_N, MASK, EDGES, BOUNDED, KEY_MASK, DROPOUT, PRECISION,
+            D, BLOCK_D, BLOCK_N, MASK, EDGES, BOUNDED, KEY_MASK, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
         ds = dp - delta[:, None]
         if DLSE:
@@ -139,6 +139,7 @@ def _prefix_query_gradient_kernel(
     BLOCK_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
     NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix."""
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
@@ -160,10 +161,13 @@ def _prefix_query_gradient_kernel(
         offs_q = head * stride_qh + query.to(tl.int64) * stride_qm
         q = load_block(q_ptr + batch * stride_qb, offs_q, exists, D, BLOCK_D, True)
         q = negated(q, NEGATE)
-        k_ptr += batch * stride_kb + kv_head * stride_kh
-        v_ptr += batch * stride_vb + kv_head * stride_vh
-        prefix_k_ptr += batch * stride_pkb + kv_head * stride_pkh
-        prefix_v_ptr += batch * stride_pvb + kv_head * stride_pvh
+        if not TMA:
+            k_ptr += batch * stride_kb + kv_head * stride_kh
+            v_ptr += batch * stride_vb + kv_head * stride_vh
+            prefix_k_ptr += batch * stride_pkb + kv_head * stride_pkh
+            prefix_v_ptr += batch * stride_pvb + kv_head * stride_pvh
+        sample, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
+        owner = tl.where(stride_pkb == 0, 0, sample)
         mask_ptr += batch * stride_mask_b
         row_lse = load_lse(lse_ptr, rows, exists, q)
         first, last = seen_keys(
@@ -179,9 +183,10 @@ def _prefix_query_gradient_kernel(
             prefix_row_lse = load_lse(prefix_lse_ptr, rows, exists, q)
         prefix_delta, prefix_total = _add_row_sums(
             prefix_delta, prefix_total, q, dout, prefix_row_lse, prefix_k_ptr, prefix_v_ptr,
-            stride_pkn, stride_pvn, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last,
-            mask_ptr, 0, seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION,
+            stride_pkn, stride_pvn, owner, kv_index, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P,
+            first, last, mask_ptr, 0,
+            seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
+            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
     if EXACT:
         delta, total = prefix_delta, prefix_total
@@ -190,15 +195,16 @@ def _prefix_query_gradient_kernel(
         if not KEY_MASK:
             delta, total = _add_row_sums(
                 delta, total, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
-                whole, 0, 0, 0, whole_blocks, T, first, last, mask_ptr, stride_mask,
+                sample, kv_index, whole, 0, 0, 0, whole_blocks, T, first, last,
+                mask_ptr, stride_mask,
                 seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_N, False, False, False, False, DROPOUT, PRECISION,
+                D, BLOCK_D, BLOCK_N, False, False, False, False, DROPOUT, PRECISION, TMA,
             )  # fmt: skip
         delta, total = _add_row_sums(
-            delta, total, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn,
+            delta, total, q, dout, row_lse, k_ptr, v_ptr, stride_kn, stride_vn, sample, kv_index,
             start, before, whole, whole_blocks, edges, T, first, last, mask_ptr, stride_mask,
             seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DROPOUT, PRECISION,
+            D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
         correction = _correction(total)
         delta *= correction
@@ -237,24 +243,28 @@ def _prefix_query_gradient_kernel(
                 lse_of_prefix, delta_of_prefix = prefix_row_lse, prefix_delta
             dq = _add_query_gradient(
                 dq, q, dout, lse_of_prefix, delta_of_prefix, dlse, prefix_factor,
-                prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
+                prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn, owner, kv_index,
                 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last, mask_ptr, 0,
                 seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_P, True, False, False, False,
-                DLSE and not GATED, GATED or EXACT, DROPOUT, PRECISION,
+                DLSE and not GATED, GATED or EXACT, DROPOUT, PRECISION, TMA,
             )  # fmt: skip
         if not KEY_MASK:
             dq = _add_query_gradient(
                 dq, q, dout, row_lse, delta, dlse, correction, k_ptr, v_ptr, stride_kn, stride_vn,
-                whole, 0, 0, 0, whole_blocks, T, first, last, mask_ptr, stride_mask,
+                sample, kv_index, whole, 0, 0, 0, whole_blocks, T, first, last,
+                mask_ptr, stride_mask,
                 seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_N, False, False, False, False, DLSE, EXACT, DROPOUT, PRECISION,
+                TMA,
             )  # fmt: skip
         dq = _add_query_gradient(
             dq, q, dout, row_lse, delta, dlse, correction, k_ptr, v_ptr, stride_kn, stride_vn,
-            start, before, whole, whole_blocks, edges, T, first, last, mask_ptr, stride_mask,
+            sample, kv_index, start, before, whole, whole_blocks, edges, T, first, last,
+            mask_ptr, stride_mask,
             seed_ptr, rows, padded, groups, drop_threshold, score_scale, inverse_keep,
             D, BLOCK_D, BLOCK_N, True, True, BOUNDED, KEY_MASK, DLSE, EXACT, DROPOUT, PRECISION,
+            TMA,
         )  # fmt: skip
         store_block(dq_ptr, dq * scale, rows * D, exists, D, BLOCK_D)
 

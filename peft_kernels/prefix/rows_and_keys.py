@@ -138,6 +138,24 @@ def load_block(ptr, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr, MAS
 
 
 @triton.jit
+def load_rows(
+    ptr, stride, batch, head, first, stop, BLOCK: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return rows [first, first + BLOCK) of one head, [BLOCK, BLOCK_D].
+
+    TMA: ``ptr`` is a descriptor of [batches, heads, rows, D], which gives zeros where it has none.
+    Else it is the head's address, and rows from ``stop`` on are zeros under MASK.
+    """
+    if TMA:
+        return ptr.load([batch, head, first, 0]).reshape([BLOCK, BLOCK_D])
+    else:
+        offs = tl.arange(0, BLOCK)
+        ptr += first.to(tl.int64) * stride
+        return load_block(ptr, offs * stride, first + offs < stop, D, BLOCK_D, MASK)
+
+
+@triton.jit
 def store_block(ptr, value, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store [len(offsets), BLOCK_D] as rows of D elements that start at ``offsets``."""
     offs_d = tl.arange(0, BLOCK_D)

@@ -30,5 +30,5 @@ def test_pytest_benchmarks_run_and_a_broken_provider_fails(tmp_path: Path) -> No
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "4 failed, 30 passed" in done.stdout
+    assert "4 failed, 34 passed" in done.stdout
     assert done.stdout.count("fused fails the numerics gate: y error") >= 4

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -13,146 +12,136 @@ import pytest
 import torch
 
 from bench import gpu_report, gpu_timing
-from bench.gpu_summary import summary
 from bench.lora.cases import DRY_CASES, REPORT_CASES
-from bench.measure import Timing
-from bench.method import DIRECTIONS, GPU
 from bench.methods import METHODS
-from bench.rows import FAILED, TIMED, Row, plain
+from bench.report import building, stage, timing
+from bench.report.stage import Stage
+from bench.rows import TIMED
 from bench.store import ROOT
 
-PLAN = "triton: forward ticket 128x256x64, 8 warps, 3 stages; backward split: library GEMM"
-FACTORS = {"fused": 1.02, "frozen": 1.0, "factored": 1.25, "eager": 1.5}
-
 OTHERS = ["adapter", "prefix", "prompt"]  # than LoRA
+MACHINE: dict[str, Any] = {
+    "cpu": "Some CPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456789abcdef",
+    "dirty": False,
+}  # fmt: skip
+DIES = (
+    "import json, os, sys\n"
+    "path, seconds, *items = sys.argv[1:]\n"
+    "state = {'done': [], 'rows': [], 'peaks': []}\n"
+    "for state['running'] in items:\n"
+    "    with open(path, 'w') as file: json.dump(state, file)\n"
+    "    if state['running'] == 'main b': os._exit(9)\n"
+    "    state['done'].append(state['running'])\n"
+    "    state['rows'].append({'item': state['running']})\n"
+    "state['running'] = None\n"
+    "with open(path, 'w') as file: json.dump(state, file)\n"
+)
 
 
-def _rows(group: str, names: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for case in REPORT_CASES:
-        for direction in DIRECTIONS:
-            for name, factor in names.items():
-                time_ms = factor * (3.0 if "backward" in direction else 1.0)
-                timing = Timing(time_ms, time_ms, time_ms, time_ms, 9)
-                row = Row(
-                    case, direction, name, TIMED, "passed", PLAN, timing,
-                    ratio_frozen=factor, ratio_eager=factor / 1.5, saved_bytes=2**18, launches=2,
-                )  # fmt: skip
-                rows.append({"item": f"{group} {case.name}", **plain(row)})
-    return rows
+def started(name: str, out: Path, seconds: float = 60.0) -> Stage:
+    out.mkdir(parents=True, exist_ok=True)
+    return Stage(name, out, True, seconds, MACHINE)
 
 
-def content(**changes: Any) -> dict[str, Any]:
-    variants = {"triton:ticket": 1.02, "triton:recompute": 1.5, "triton:split": 1.1}
-    whole: dict[str, Any] = {
-        "dry_run": False,
-        "machine": {
-            "gpu": "Some GPU", "driver": "999.1", "torch": "2.11.0", "triton": "3.6.0",
-            "commit": "0123456789abcdef", "dirty": False, "cpu": "Some CPU",
-        },
-        "build": {"ok": True, "ended": "exit status 0 after 9 s"},
-        "tests": {
-            "ok": True, "ended": "exit status 0 after 60 s", "failed": [],
-            "counts": {"passed": 41, "skipped": 2},
-        },
-        "rows": _rows("main", FACTORS) + _rows("variants", variants),
-        "crashed": {},
-        "not_run": [],
-    }  # fmt: skip
-    return whole | changes
+def runs_instead(script: Path, given: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stage run ``script`` with the arguments that it would give its module."""
+    run = given.run
+
+    def run_script(what: str, command: list[str], seconds: float, **named: Any) -> Any:
+        return run(what, [str(script), *command[2:]], seconds, **named)
+
+    monkeypatch.setattr(given, "run", run_script)
 
 
-def test_summary_is_short_and_right() -> None:
-    text, ok = summary(content())
-    assert ok
-    lines = text.splitlines()
-    assert len(lines) <= 60
-    first = REPORT_CASES[0].name
-    (forward,) = [x for x in lines if x.startswith(first) and "fwd " in x and "ticket 128" in x]
-    assert "1.020" in forward and "0.816" in forward and "0.680" in forward
-    assert sum(line.startswith("geometric mean") for line in lines) == 2
-    assert sum("split: library GEMM" in line for line in lines) == len(REPORT_CASES)
-    assert any("recompute 1.500 / 4.500" in line for line in lines)
-    assert re.search(r"gpu, forward: x frozen +<= 1\.05 +1\.020 +yes", text)
-    assert "41 passed, 2 skipped" in text and "gates failed: 0" in text
-    assert "Some GPU, driver 999.1; torch 2.11.0, triton 3.6.0, commit 0123456789" in text
-    assert "DRY RUN" not in text
+def found(out: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    return content
 
 
-def test_summary_has_a_table_and_figures_of_every_method() -> None:
-    rows = list(content()["rows"])
-    for op in OTHERS:
-        for case in METHODS[op].of_suite(GPU, reported=True):
-            for direction in DIRECTIONS:
-                for name, ms in (("eager", 2.3), ("peft", 4.6), ("fused", 1.0)):
-                    timing = Timing(ms, ms, ms, ms, 9)
-                    row = Row(
-                        case, direction, name, TIMED, "passed", "triton", timing,
-                        ratio_eager=ms / 2.3, roofline=0.8, launches=1, over="eager",
-                    )  # fmt: skip
-                    rows.append({"item": f"main {case.name}", **plain(row)})
-    text, ok = summary(content(rows=rows))
-    assert ok
-    lines = text.splitlines()
-    assert len(lines) <= 60 + 30 + 30 + 30
-    assert sum(line.startswith("geometric mean") for line in lines) == 2 * 4
-    (adapter,) = [x for x in lines if x.startswith("adapter 16384x8192 r128") and "fwd " in x]
-    assert adapter.split()[-4:] == ["0.435", "1", "-", "triton"]
-    assert re.search(r"gpu, forward: eager / ours +>= 2\.2 +2\.300 +yes", text)
-    assert re.search(r"gpu, forward: roofline +>= 0\.85 +0\.800 +NO", text)
-    assert re.search(r"B1 S64 P20 D4096 bf16, forward: eager / ours +>= 1 +2\.300 +yes", text)
+class TestChoice:
+    def test_no_name_is_every_stage_in_order_and_none_reaches_nine_minutes(self) -> None:
+        every = gpu_report.chosen("", dry=False, limit_s=None)
+        names = [name for name, _, _ in every]
+        assert names == ["tests", *METHODS, "training", "sanitizer", "tune"]
+        assert all(0 < seconds < 540 for _, _, seconds in every)
+
+    def test_names_come_by_comma_or_space_and_timing_is_the_methods(self) -> None:
+        names = [name for name, _, _ in gpu_report.chosen("tune, prompt  timing", False, None)]
+        assert names == ["tune", "prompt", "lora", "adapter", "prefix"]
+
+    def test_a_limit_holds_for_each_stage_and_a_name_may_bring_its_own(self) -> None:
+        taken = {name: s for name, _, s in gpu_report.chosen("tests lora:70 tune:9", False, 90.0)}
+        assert taken == {"tests": 90.0, "lora": 70.0, "tune": 9.0}
+
+    @pytest.mark.parametrize("asked", ["everything", "lora tests,x", "lora:soon"])
+    def test_what_is_unknown_is_refused(
+        self, asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("STAGE", asked)
+        assert gpu_report.main() == 2
+        assert capsys.readouterr().err.startswith("gpu-report: ")
+
+
+def dry_report(monkeypatch: pytest.MonkeyPatch, out: Path, **runs: Any) -> int:
+    """Run the report with ``runs`` as its stages."""
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.delenv("STAGE", raising=False)
+    monkeypatch.setattr(building, "why_build", lambda dry: None)
+    monkeypatch.setattr(gpu_report, "stages", lambda dry: {k: (v, 30.0) for k, v in runs.items()})
+    return gpu_report.main()
+
+
+def well(each: Stage) -> None:
+    each.end(True, "fine")
+
+
+def test_a_stage_that_dies_leaves_the_others_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies(each: Stage) -> None:
+        each.add(rows=[1])
+        raise MemoryError("no room")
+
+    assert dry_report(monkeypatch, tmp_path, first=well, second=dies, third=well) == 1
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    stages = ("first", "second", "third")
+    assert names == [f"{name}.{kind}" for name in stages for kind in ("json", "log")]
+    assert found(tmp_path, "second")["rows"] == [1]
+    assert "MemoryError" in (tmp_path / "second.log").read_text()
+    last = capsys.readouterr().out.splitlines()[-4:]
+    assert last[0].split()[:2] == ["first", "ok"]
+    assert last[1].startswith("second    NOT OK") and "died: MemoryError: no room" in last[1]
+    assert last[2].split()[:2] == ["third", "ok"]
+
+
+def test_only_what_is_wrong_fails_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dry_report(monkeypatch, tmp_path, first=well, second=well) == 0
+    assert found(tmp_path, "first")["ok"] and found(tmp_path, "first")["complete"]
+    # One that returns without a verdict has not passed.
+    assert dry_report(monkeypatch, tmp_path, first=well, second=lambda each: None) == 1
+
+
+def test_a_long_log_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "MOST_LOG_BYTES", 800)
+    each = started("some", tmp_path)
+    each.log.write_text("begin" + "x" * 5000 + "end")
+    each.end(True, "fine")
+    text = each.log.read_text()
+    assert len(text) < 900 and text.startswith("begin") and text.endswith("end") and "cut" in text
 
 
 def test_a_dry_run_times_the_triton_kernels_of_the_methods_asked_for(tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     items = gpu_timing.items(dry=True, ops=OTHERS)
-    assert gpu_timing.main([str(state), "100", *items]) == 0
-    found = json.loads(state.read_text())
-    assert found["done"] == items and found["running"] is None
-    ours = [row for row in found["rows"] if row["provider"] == "fused"]
+    assert gpu_timing.main([str(state), "600", *items]) == 0
+    content = json.loads(state.read_text())
+    assert content["done"] == items and content["running"] is None
+    ours = [row for row in content["rows"] if row["provider"] == "fused"]
     assert {row["op"] for row in ours} == set(OTHERS)
     assert all(row["status"] == TIMED and row["plan"].startswith("triton") for row in ours)
-
-
-def test_summary_says_what_failed_crashed_or_did_not_run() -> None:
-    rows = _rows("main", FACTORS)
-    broken = next(row for row in rows if row["provider"] == "fused")
-    broken |= {"status": FAILED, "note": "y error 1.0 (bound 0.1)", "timing": None}
-    crashed = {f"main {REPORT_CASES[1].name}": "killed by signal 11 after 3 s"}
-    missing = [f"variants {REPORT_CASES[2].name}"]
-    text, ok = summary(content(rows=rows, crashed=crashed, not_run=missing))
-    assert not ok
-    assert f"GATE FAILED  {REPORT_CASES[0].name}, forward, fused: y error 1.0" in text
-    assert "CRASHED  main" in text and "killed by signal 11" in text
-    assert f"not run, out of time: {missing[0]}" in text
-    assert "gates failed: 1" in text
-
-
-@pytest.mark.parametrize("changes", ["tests", "gate", "crash", "not run"])
-def test_only_what_is_wrong_fails_the_report(changes: str) -> None:
-    whole = content()
-    if changes == "tests":
-        whole["tests"] |= {"ok": False, "failed": [f"tests.x::test_{i}" for i in range(20)]}
-    elif changes == "gate":
-        whole["rows"][-1] |= {"status": FAILED, "timing": None}
-    elif changes == "crash":
-        whole["crashed"] = {"main x": "stopped after 9 s"}
-    else:
-        whole["not_run"] = ["variants x"]
-    text, ok = summary(whole)
-    assert ok == (changes == "not run")
-    assert len(text.splitlines()) <= 60
-
-
-def test_summary_of_nothing_measured_still_comes_out() -> None:
-    text, ok = summary(content(rows=[], not_run=["main x"], dry_run=True))
-    assert ok and "DRY RUN" in text and "not run, out of time: main x" in text
-
-
-def test_an_unknown_stage_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setenv("STAGE", "everything")
-    assert gpu_report.main() == 2
-    assert "stages are tests, timing" in capsys.readouterr().err
 
 
 def test_items_are_every_case_before_any_variant() -> None:
@@ -166,116 +155,77 @@ def test_items_are_every_case_before_any_variant() -> None:
     assert len(gpu_timing.items(dry=True)) == 2 * len(DRY_CASES) + 2 + 1 + 1
 
 
-def test_outcomes_are_read_from_junit_or_from_the_log(tmp_path: Path) -> None:
-    junit, log = tmp_path / "junit.xml", tmp_path / "tests.log"
-    log.write_text(
-        "tests/a.py::test_one PASSED [ 10%]\n"
-        "tests/a.py::test_two[x] FAILED [ 20%]\n"
-        "tests/a.py::test_three SKIPPED (no) [ 30%]\ntests/a.py::test_four "
+def test_a_crash_costs_the_item_it_happened_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second item kills its process; the third is timed by the next one."""
+    (tmp_path / "timing.py").write_text(DIES)
+    monkeypatch.setattr(gpu_timing, "items", lambda dry, ops: ["main a", "main b", "main c"])
+    each = started("lora", tmp_path / "out")
+    runs_instead(tmp_path / "timing.py", each, monkeypatch)
+    monkeypatch.setattr(timing, "timing_text", lambda content: ("", not content["crashed"]))
+    timing.run(each)
+    content = found(tmp_path / "out", "lora")
+    assert [row["item"] for row in content["rows"]] == ["main a", "main c"]
+    assert list(content["crashed"]) == ["main b"]
+    assert content["crashed"]["main b"].startswith("exit status 9")
+    assert content["not_run"] == [] and not content["ok"]
+    assert sorted(path.name for path in each.out.iterdir()) == ["lora.json", "lora.log"]
+
+
+def test_an_item_that_hangs_ends_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from bench import gpu_timing\n"
+        "gpu_timing.ITEM_S = 0.5\n"
+        "gpu_timing._measure = lambda *given: time.sleep(60)\n"
+        "sys.exit(gpu_timing.main([sys.argv[1], '100', 'main a', 'main b']))"
     )
-    counts, failed = gpu_report._outcomes(junit, log)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1, "unfinished": 1}
-    assert failed == ["tests/a.py::test_two[x]", "tests/a.py::test_four did not end"]
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="one"/>'
-        '<testcase classname="a" name="two"><failure/></testcase>'
-        '<testcase classname="a" name="three"><skipped/></testcase>'
-        '<testcase classname="a" name="four"><error/></testcase></testsuite></testsuites>'
-    )
-    counts, failed = gpu_report._outcomes(junit, log)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
-    assert failed == ["a::two", "a::four"]
+    command = [sys.executable, "-c", code, str(tmp_path / "state.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "Timeout" in done.stderr
+    assert json.loads((tmp_path / "state.json").read_text())["running"] == "main a"
+
+
+def test_nothing_is_timed_when_the_time_is_up(tmp_path: Path) -> None:
+    each = started("prefix", tmp_path, seconds=0.0)
+    timing.run(each)
+    assert each.content["not_run"] == gpu_timing.items(dry=True, ops=["prefix"])
+    assert not each.content["ok"]
 
 
 def test_stages_see_this_tree_and_no_setting_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "reference")
+    monkeypatch.setenv("PEFT_KERNELS_COMMIT", "abc")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = gpu_report._environment(dry=False)
-    assert not {"PYTEST_ADDOPTS", "PEFT_KERNELS_BACKEND", "TRITON_INTERPRET"} & set(found)
-    assert found["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
-    assert gpu_report._environment(dry=True)["TRITON_INTERPRET"] == "1"
-
-
-def test_a_crash_costs_the_item_it_happened_at(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The second item kills its process; the third is timed by the next one."""
-    script = tmp_path / "timing.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "path, seconds, *items = sys.argv[1:]\n"
-        "state = {'done': [], 'rows': [], 'peaks': []}\n"
-        "for state['running'] in items:\n"
-        "    with open(path, 'w') as file: json.dump(state, file)\n"
-        "    if state['running'] == 'main b': os._exit(9)\n"
-        "    state['done'].append(state['running'])\n"
-        "    state['rows'].append({'item': state['running']})\n"
-        "state['running'] = None\n"
-        "with open(path, 'w') as file: json.dump(state, file)\n"
-    )
-    monkeypatch.setattr(gpu_timing, "items", lambda dry, ops: ["main a", "main b", "main c"])
-    report = gpu_report.Report(tmp_path, dry=True)
-    stage = report.stage
-    monkeypatch.setattr(
-        report, "stage", lambda name, command, seconds: stage(name, [str(script), *command[2:]], 20)
-    )
-    gpu_report.measure(report)
-    assert [row["item"] for row in report.content["rows"]] == ["main a", "main c"]
-    assert list(report.content["crashed"]) == ["main b"]
-    assert report.content["crashed"]["main b"].startswith("exit status 9")
-    assert report.content["not_run"] == []
-    assert (tmp_path / "report.json").is_file()
-
-
-def test_shards_run_every_marked_test_once_and_tell_a_failure(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    (tests / "test_some.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.gpu\n@pytest.mark.parametrize('i', range(5))\n"
-        "def test_marked(i): assert i != 3\n"
-        "def test_unmarked(): assert False\n"
-    )
-    (tests / "test_other.py").write_text("import no_such_module\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    report = gpu_report.Report(tmp_path / "out", dry=True)
-    report.out.mkdir()
-    gpu_report.test(report)
-    found = report.content["tests"]
-    assert found["shards"] == 2 and found["files"] == ["tests/test_some.py"]
-    assert found["counts"] == {"passed": 4, "failed": 1}
-    assert found["failed"] == ["tests.test_some::test_marked[3]"]
-    assert not found["ok"]
+    given = stage.environment(dry=False)
+    assert not {"PYTEST_ADDOPTS", "PEFT_KERNELS_BACKEND", "TRITON_INTERPRET"} & set(given)
+    assert given["PEFT_KERNELS_COMMIT"] == "abc"
+    assert given["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert stage.environment(dry=True)["TRITON_INTERPRET"] == "1"
 
 
 def test_ending_the_report_ends_its_stages(tmp_path: Path) -> None:
     code = (
         "import signal, sys\nfrom concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\nfrom bench import gpu_report\n"
+        "from bench.report.stage import Stage\n"
         "signal.signal(signal.SIGTERM, gpu_report._terminated)\n"
-        "report = gpu_report.Report(Path(sys.argv[1]), dry=True)\n"
-        "stage = lambda n: report.stage(f's {n}', ['-c', 'import time; time.sleep(60)'], 60)\n"
-        "with ThreadPoolExecutor(2) as pool: list(pool.map(stage, range(2)))\n"
+        "stage = Stage('s', Path(sys.argv[1]), True, 60, {})\n"
+        "run = lambda n: stage.run(f's {n}', ['-c', 'import time; time.sleep(60)'], 60)\n"
+        "with ThreadPoolExecutor(2) as pool: list(pool.map(run, range(2)))\n"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert run.stdout is not None
-    started = [run.stdout.readline() for _ in range(2)]
-    assert started == ["s 0 ...\n", "s 1 ...\n"]
+    lines = [run.stdout.readline() for _ in range(2)]
+    assert lines == ["s 0 ...\n", "s 1 ...\n"]
     time.sleep(0.3)
     run.terminate()
     ended, _ = run.communicate(timeout=10)
     assert run.returncode == 128 + 15
     assert ended.count("killed by signal 9") == 2
-
-
-def test_nothing_is_timed_when_the_time_is_up(tmp_path: Path) -> None:
-    report = gpu_report.Report(tmp_path, dry=True)
-    report.ends = 0.0
-    gpu_report.measure(report)
-    assert report.content["not_run"] == gpu_timing.items(dry=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -288,8 +238,3 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "DRY_RUN=1" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_report.main(["lora", "nothing"]) == 2
-    assert "methods are lora, adapter, prefix, prompt" in capsys.readouterr().err

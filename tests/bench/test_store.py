@@ -37,6 +37,17 @@ def test_machine_says_what_a_number_depends_on() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_a_copy_without_git_has_the_commit_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_git", lambda *arguments: None)
+    for name in ("COMMIT", "PEFT_KERNELS_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    assert store.machine(torch.device("cpu"))["commit"] is None
+    monkeypatch.setenv("COMMIT", "abc")
+    assert store.machine(torch.device("cpu"))["commit"] == "abc"
+    monkeypatch.setenv("PEFT_KERNELS_COMMIT", "def")
+    assert store.machine(torch.device("cpu"))["commit"] == "def"
+
+
 def test_results_are_never_overwritten(tmp_path: Path) -> None:
     paths = [store.write_new(tmp_path / "new", "same", {"run": run}) for run in range(3)]
     assert [path.name for path in paths] == ["same.json", "same-2.json", "same-3.json"]
@@ -125,7 +136,7 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     timed = by_suite["cpu"] + by_suite["host"]
     # Cases, directions, providers without torch.compile.
     rows_of = {
-        "lora": (8 + 2) * 2 * 4, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
+        "lora": (8 + 2) * 2 * 5, "adapter": (10 + 1) * 2 * 2, "prefix": 4 * 2 * 2,
         "prompt": 6 * 2 * 3,
     }  # fmt: skip
     assert Counter(row["op"] for row in timed) == rows_of
@@ -143,7 +154,8 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert ("lora", "saved for backward beyond x: MiB") in targets
     assert {op for op, _ in targets} == set(rows_of)
     assert len(content["host_profile"]) == 4 + 2
-    for words in ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path)):
+    words_of_all = ("x frozen", "roofline", "Figures", "Where the host's time goes", str(path))
+    for words in (*words_of_all, "third parties: peft "):
         assert words in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2

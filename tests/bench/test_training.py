@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from bench import training
-from bench.gpu_summary import summary
-from bench.training import APART, DRY, EAGER, OURS, Result, gated, table
-from tests.bench.test_gpu_report import content
+from bench.training import APART, COMPILED, DRY, EAGER, OURS, Result, gated, table
 
 pytest.importorskip("peft")
 
@@ -50,9 +48,28 @@ def test_what_does_not_fit_or_raises_is_said(
     assert "RuntimeError: no memory" in capsys.readouterr().out
 
 
-def test_the_report_shows_the_table_and_fails_with_it() -> None:
-    rows = [Result("a", EAGER, "", 10.0, 2.0, 1.5).__dict__]
-    text, ok = summary(content(training={"ok": True, "ended": "exit status 0", "rows": rows}))
-    assert ok and "tokens/s" in text
-    text, ok = summary(content(training={"ok": False, "ended": "stopped after 9 s", "rows": []}))
-    assert not ok and "training: stopped after 9 s" in text
+def test_items_alone_are_added_to_what_is_held_and_gated_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "training.json"
+    held = Result(DRY.name, EAGER, "", 10.0, 2.0, None, [3.0, 2.0])
+    path.write_text(json.dumps({"rows": [asdict(held)], "running": None}))
+
+    def running(case: object, provider: str, device: object) -> Result:
+        assert json.loads(path.read_text())["running"] == f"{provider}@{DRY.name}"
+        return replace(held, provider=provider, losses=[3.0, 2.5 if provider == APART else 2.0])
+
+    monkeypatch.setattr(training, "run", running)
+    assert training.main(str(path), 100.0, f"{OURS}@{DRY.name}") == 0
+    assert training.main(str(path), 100.0, f"{APART}@{DRY.name}") == 1
+    found = json.loads(path.read_text())
+    assert found["running"] is None
+    assert [row["provider"] for row in found["rows"]] == [EAGER, OURS, APART]
+    assert [row["step_ms"] for row in found["rows"]] == [2.0, 2.0, None]
+
+
+def test_compiling_is_reached_before_the_second_case() -> None:
+    items = training.items(on_gpu=True)
+    names = [each.split("@")[0] for each in items]
+    assert names[:4] == [EAGER, OURS, COMPILED, APART]
+    assert len(items) == len(set(items)) == 4 * len(training.CASES)

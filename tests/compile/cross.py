@@ -30,11 +30,20 @@ class Report:
     tmem_columns: int
     wide_loads: int = 0
     wide_stores: int = 0
+    inner_spills: int = 0  # of the innermost loops around matrix instructions
 
-    def problems(self, family: str, *, pipelined: bool, products: bool = True) -> list[str]:
-        """Return what would make this kernel wrong or slow on ``family``."""
+    def problems(
+        self, family: str, *, pipelined: bool, products: bool = True, measured: bool = False
+    ) -> list[str]:
+        """Return what would make this kernel wrong or slow on ``family``.
+
+        ``measured``: its tile was the fastest on a GPU; spills then count where they are repeated,
+        more than two in an inner loop.
+        """
         found = []
-        if self.spills:
+        if measured and self.inner_spills > 2:
+            found.append(f"{self.inner_spills} spill instructions in inner loops")
+        elif self.spills and not measured:
             found.append(f"{self.spills} spill instructions")
         if products and not self.matrix_instructions:
             found.append("no tensor-core instruction")
@@ -55,6 +64,7 @@ def compile_for(
     divisible: frozenset[str],
     num_warps: int,
     num_stages: int,
+    registers: int = 0,
 ) -> Report:
     """Compile ``kernel`` for ``family`` and disassemble it.
 
@@ -66,6 +76,7 @@ def compile_for(
         divisible: names of pointers (by bytes) and integers known to be divisible by 16.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        registers: the most that a thread may take, 0 for no such bound.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -76,12 +87,13 @@ def compile_for(
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name in divisible and name not in constants
+        if name in divisible and name not in constants and "tensordesc" not in types[name]
     }
+    bound = {"maxnreg": registers} if registers else {}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes),
         target=GPUTarget("cuda", int(family.removeprefix("sm_")), 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages} | bound,
     )
     sass = disassemble(compiled.asm["cubin"])
     matrix = {"sm_90": r"HGMMA| HMMA", "sm_100": r"UTC\w*MMA| HMMA"}.get(family, r" HMMA")
@@ -94,7 +106,31 @@ def compile_for(
         tmem_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         wide_loads=len(re.findall(r"\bLDG\S*\.128", sass)),
         wide_stores=len(re.findall(r"\bSTG\S*\.128", sass)),
+        inner_spills=_inner_spills(sass, matrix),
     )
+
+
+def _inner_spills(sass: str, matrix: str) -> int:
+    """Return the most spill instructions of an innermost loop that holds matrix instructions."""
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(m, at) for at, text in code if (m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(int(m[1], 16), at) for m, at in jumps if int(m[1], 16) < at]
+
+    def count(loop: tuple[int, int], pattern: str) -> int:
+        return sum(
+            loop[0] <= at <= loop[1] and re.search(pattern, text) is not None for at, text in code
+        )
+
+    inner = [
+        loop
+        for loop in loops
+        if count(loop, matrix)
+        and not any(
+            loop[0] <= other[0] and other[1] <= loop[1] and other != loop and count(other, matrix)
+            for other in loops
+        )
+    ]
+    return max((count(loop, r"\b(?:STL|LDL)\b") for loop in inner), default=0)
 
 
 @functools.cache

@@ -53,6 +53,13 @@ KERNELS = {
     "key": "_prefix_key_gradient_kernel",
     "prefix": "_prefix_gradient_kernel",
 }
+# What a launch streams, and by TMA is given descriptors of.
+_STREAMED = {
+    "forward": ("k_ptr", "v_ptr", "prefix_k_ptr", "prefix_v_ptr"),
+    "query": ("k_ptr", "v_ptr", "prefix_k_ptr", "prefix_v_ptr"),
+    "key": ("q_ptr", "dout_ptr"),
+    "prefix": ("q_ptr", "dout_ptr"),
+}
 # Lengths, head counts and numbers are arbitrary; pointers and strides are aligned where it matters.
 _RAGGED = frozenset(
     "S T P B kv_heads group window segments steps score_scale scale inverse_keep drop_threshold "
@@ -85,7 +92,7 @@ def prefix(
     constants: dict[str, Any] = {
         "D": head_size, "BLOCK_D": head_block(head_size), "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "DROPOUT": dropout, "FOLD": fold, "NEGATE": negate,
-        "PRECISION": "tf32",
+        "PRECISION": "tf32", "TMA": tile.tma,
     }  # fmt: skip
     if launch != "prefix":
         constants |= {"CAUSAL": causal, "WINDOW": window, "PACKED": packed, "KEY_MASK": key_mask}
@@ -100,7 +107,18 @@ def prefix(
         constants |= {"GATED": gated, "SPLITS": splits}
     if launch != "forward":
         constants |= {"HAS_DLSE": True}
+    if tile.tma:
+        rows = tile.block_n if launch in ("forward", "query") else tile.block_m
+        for name in _STREAMED[launch]:
+            block = given.get("BLOCK_P") or rows if name.startswith("prefix") else rows
+            types[name] = f"tensordesc<{dtype}{[1, 1, block, constants['BLOCK_D']]}>"
     return types, constants | given, frozenset(set(types) - _RAGGED)
+
+
+def is_plain(source: tuple[dict[str, str], dict[str, Any], frozenset[str]]) -> bool:
+    """Return whether a launch has no more than a causal mask."""
+    _, constants, _ = source
+    return not any(constants.get(name) for name in ("WINDOW", "PACKED", "KEY_MASK", "GATED"))
 
 
 def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
@@ -166,6 +184,8 @@ def cases(family: str, dtype: str, *, complete: bool) -> Iterator[tuple[str, Any
                 continue
             forms = (forms[(number + turn) // 2 % 2],)
             sizes = (sizes[(number // 2 + family_number) % 3],)
+        if tile.tma and launch in ("key", "prefix"):
+            forms = tuple(form for form in forms if not form.get("fold"))
         for form in forms:
             for size in sizes:
                 source = prefix(dtype, tile, size, launch, dropout=dropout, **form)

@@ -68,6 +68,8 @@ class Case:
     num_stages: int
     pipelined: bool = True
     products: bool = True
+    registers: int = 0
+    measured: bool = False  # the tile was the fastest on a GPU
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -207,7 +209,11 @@ def _adapters(family: str, dtype: str) -> Iterator[Case]:
 def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
     for name, (launch, source), tile in prefix_sources.cases(family, dtype, complete=complete):
         kernel = prefix_sources.KERNELS[launch]
-        yield Case(name, kernel, source, tile.num_warps, tile.num_stages)
+        registers = tile.registers if prefix_sources.is_plain(source) else 0
+        yield Case(
+            name, kernel, source, tile.num_warps, tile.num_stages, registers=registers,
+            measured=tile.tma,
+        )  # fmt: skip
     source = prefix_sources.gate_gradient(prefix_tiles.GATE_BLOCK)
     yield Case("prefix gate gradient", "_gate_gradient_kernel", source, 4, 3, False, False)
 
@@ -243,7 +249,10 @@ def compile_case(case: Case, family: str) -> Report:
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return compile_for(kernel, family, types, constants, divisible, case.num_warps, case.num_stages)
+    return compile_for(
+        kernel, family, types, constants, divisible, case.num_warps, case.num_stages,
+        case.registers,
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -263,8 +272,9 @@ def main(argv: list[str]) -> int:
             report = compile_case(case, options.family)
             line = {"case": f"{options.family} {dtype} {case.name}"}
             line["problems"] = report.problems(
-                options.family, pipelined=case.pipelined, products=case.products
-            )
+                options.family, pipelined=case.pipelined, products=case.products,
+                measured=case.measured,
+            )  # fmt: skip
             print(json.dumps(line | dataclasses.asdict(report)), flush=True)
     return 0
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels.core import launches, lora_tiles, triton_runtime
+from peft_kernels.core import launches, lora_tiles, prefix_tiles, triton_runtime
 
 launched: list[tuple[Any, ...]] = []
 
@@ -194,6 +194,7 @@ CALLS = {
     "projections": _projections,
     "adapter": _adapter,
     "prefix": _prefix,
+    "prefix_tma": _prefix,
     "prompt": _prompt,
 }
 
@@ -234,5 +235,9 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    with lora_tiles.forced_variant("ticket_tma" if sys.argv[1] == "ticket_tma" else None):
-        main(sys.argv[1])
+    asked = sys.argv[1]
+    with (
+        lora_tiles.forced_variant("ticket_tma" if asked == "ticket_tma" else None),
+        prefix_tiles.forced_variant("tma" if asked == "prefix_tma" else None),
+    ):
+        main(asked)

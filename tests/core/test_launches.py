@@ -16,7 +16,7 @@ from tests.compile.runner import without_interpreter
 
 @pytest.mark.skipif(triton_runtime.import_problem() is not None, reason="needs Triton: not run")
 @pytest.mark.parametrize(
-    "method", ["lora", "ticket_tma", "projections", "adapter", "prefix", "prompt"]
+    "method", ["lora", "ticket_tma", "projections", "adapter", "prefix", "prefix_tma", "prompt"]
 )
 def test_a_remembered_call_launches_what_a_direct_one_does(method: str) -> None:
     assert "replayed" in without_interpreter("tests.core.remembered_launches", method)

@@ -72,10 +72,11 @@ def test_a_file_overrules_what_it_names_and_nothing_else(use: Use) -> None:
     assert lora_tiles.lora_tile(GPU, BF16, 5000, 64, "forward", tma=False) == before
     assert lora_tiles.lora_tile(GPU, torch.float32, 5000, 16, "forward") != pointers
 
-    def prefix(size: int, launch: str, dropout: bool) -> PrefixTile:
-        return prefix_tiles.prefix_tile(GPU, BF16, size, launch, dropout)
+    def prefix(size: int, launch: str, dropout: bool, tma: bool = False) -> PrefixTile:
+        return prefix_tiles.prefix_tile(GPU, BF16, size, launch, dropout, tma)
 
     assert prefix(128, "key", False) == prefix(80, "key", False) == PrefixTile(32, 64, 4, 2)
+    assert prefix(128, "key", False, tma=True) == prefix_tiles.tma_tile("sm_90", "key", 128)
     assert prefix(64, "query", True) == PrefixTile(32, 32, 4, 2)
     assert prefix(64, "key", False) == prefix_tiles.family_tile("16bit", "sm_90", "key", 64, False)
     adapted = adapter_tiles.adapter_tile(GPU, BF16, 101, 64, 64, "forward")
@@ -99,8 +100,20 @@ def test_split_is_a_tile_and_a_limit(use: Use) -> None:
     assert [prefix_tiles.variant(GPU, queries) for queries in (63, 64)] == ["fused", "split"]
 
 
+def test_prefix_attention_by_tma_has_entries_of_its_own_and_may_have_none(use: Use) -> None:
+    use({"sm_90": {"prefix": {"16bit": {"tma key 128": "32x64x4x3/200", "tma query 64": None}}}})
+
+    def tile(launch: str, size: int, tma: bool) -> PrefixTile:
+        return prefix_tiles.prefix_tile(GPU, BF16, size, launch, False, tma)
+
+    assert tile("key", 128, True) == PrefixTile(32, 64, 4, 3, True, 200)
+    assert tile("key", 128, False) == prefix_tiles.family_tile("16bit", "sm_90", "key", 128, False)
+    assert tile("query", 64, True) == tile("query", 64, False) and not tile("query", 64, True).tma
+    assert tile("query", 128, True).tma
+
+
 def test_explain_names_the_file_where_it_has_a_say(use: Use) -> None:
-    path = use({"sm_90": {"prefix": {"16bit": {"key 128": "32x64x4x2"}}}})
+    path = use({"sm_90": {"prefix": {"16bit": {"key 128": "32x64x4x2", "tma key 128": None}}}})
     plan = prefix_tiles.plan(GPU, BF16, 128, False)
     assert f"tiles of {path}" in plan and "dk and dv 32x64, 4 warps, 2 stages" in plan
     assert str(path) not in lora_tiles.lora_plan(GPU, BF16, 5000, 4096, 4096, 16, False)
@@ -147,6 +160,9 @@ BAD: dict[str, tuple[tuple[str, str, str, str], Any, str]] = {
     "pointers by tma": (("sm_90", *ONE), "ticket_tma 64x64x64x4x3", "there alone"),
     "masked": (("sm_90", "lora", "16bit", "masked"), "recompute 16x64x64x4x3", "makes its own s"),
     "keys": (("sm_90", "prefix", "16bit", "key 256"), "32x128x4x2", "needs 512 registers"),
+    "bound": (("sm_90", "prefix", "16bit", "key 64"), "64x64x4x2/300", "not 32 to 255"),
+    "keys by tma": (("sm_80", "prefix", "16bit", "tma key 64"), "64x64x4x2", "Hopper"),
+    "null": (("sm_90", "prefix", "16bit", "key 64"), None, "is no tile of prefix"),
     "ranks": (("sm_90", "reduction", "16bit", "64"), "64x64x128x4x2", "blocks of 128 ranks"),
     "limit": (("sm_90", "limits", "tma_above", "large"), 1, "must be one of tma_from"),
     "limit's name": (("sm_90", "limits", "tma_from", "huge"), 1, "must be one of small"),
@@ -185,7 +201,7 @@ def present() -> Iterator[tuple[overrides.Key, Any]]:
                     entry = "tma " * (tile.variant == "ticket_tma") + name
                     yield (family, "lora", width, entry), tile
             for launch, block, dropout, tile in prefix_tiles.prefix_cases(family, width):
-                entry = prefix_tiles.entry_name(launch, block, dropout)
+                entry = "tma " * tile.tma + prefix_tiles.entry_name(launch, block, dropout)
                 yield (family, "prefix", width, entry), tile
             for shape, direction, block, tile in adapter_tiles.adapter_cases(family, width):
                 yield (family, "adapter", width, f"{shape} {direction} {block}"), tile

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,15 +86,36 @@ def judge(
     ``as_given`` compares with peft on the tensors as they are given: where A and B are wider than
     x, it computes the low-rank part in their dtype.
     """
+    judge_together([given], [actual], dtype, as_given=as_given)
+
+
+def judge_together(
+    problems: Sequence[Problem],
+    actual: Sequence[dict[str, Tensor]],
+    dtype: torch.dtype,
+    *,
+    as_given: bool = False,
+) -> None:
+    """Judge several problems as one: of few numbers a single draw is luck."""
+    measures = [_measure(given, dtype, as_given) for given in problems]
+    for name in actual[0]:
+        found, eager, exact = (
+            torch.cat([each[name].flatten() for each in column])
+            for column in (actual, *zip(*measures, strict=True))
+        )
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13)
+        else:
+            assert_as_accurate_as_eager(name, found, [eager], exact, dtype)
+
+
+def _measure(
+    given: Problem, dtype: torch.dtype, as_given: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what peft gives in ``dtype``, or in the tensors' own, and what is exact."""
     wide = inputs(given, torch.float64)
     # Exact for the very magnitudes that the narrow call was given.
     wide[4] = inputs(given)[4].detach().double().requires_grad_()
     exact = results(peft_form(given, wide), wide, given.dy)
-    if dtype == torch.float64:
-        for name, value in actual.items():
-            torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-13)
-        return
     eager = inputs(given, None if as_given else dtype)
-    expected = results(peft_form(given, eager), eager, given.dy)
-    for name, value in actual.items():
-        assert_as_accurate_as_eager(name, value, [expected[name]], exact[name], dtype)
+    return results(peft_form(given, eager), eager, given.dy), exact

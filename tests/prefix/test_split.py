@@ -147,5 +147,5 @@ def test_the_table_decides_by_the_number_of_queries(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(prefix_tiles.SPLIT_FROM, "cpu", 8)
     cpu = torch.device("cpu")
     assert [prefix_tiles.variant(cpu, queries) for queries in (7, 8)] == ["fused", "split"]
-    with pytest.raises(ValueError, match="variant must be one of fused, split, got 'ticket'"):
+    with pytest.raises(ValueError, match="variant must be one of fused, .*split, got 'ticket'"):
         prefix_tiles.forced_variant("ticket").__enter__()

@@ -34,7 +34,12 @@ def test_every_head_size_takes_a_tile_that_is_compiled_for_it(
         for each, widest, masked, tile in prefix_tiles.prefix_cases("sm_90", "16bit")
         if (each, widest, masked) == (launch, block, dropout)
     }
-    assert compiled == {prefix_tiles.prefix_tile(GPU, torch.bfloat16, size, launch, dropout)}
+    taken = {
+        prefix_tiles.prefix_tile(GPU, torch.bfloat16, size, launch, dropout, tma)
+        for tma in (False, True)
+    }
+    assert compiled == taken
+    assert len(taken) == (1 if dropout or size > 128 else 2)
 
 
 def test_aligned_means_rows_at_multiples_of_16_elements() -> None:
@@ -78,5 +83,28 @@ def test_every_family_has_tiles() -> None:
     for name in tiles.FAMILIES:
         for table in ("16bit", "fp32"):
             found = list(prefix_tiles.prefix_cases(name, table))
-            assert len(found) == 4 * 2 * (2 if "fp32" in table else 3)
+            pointers = [tile for *_, tile in found if not tile.tma]
+            assert len(pointers) == 4 * 2 * (2 if "fp32" in table else 3)
+            assert len(found) - len(pointers) == 8 * ((name, table) == ("sm_90", "16bit"))
             assert all(tile.block_m >= 16 and tile.block_n >= 16 for *_, tile in found)
+
+
+def test_tma_is_taken_on_hopper_where_nothing_is_dropped() -> None:
+    def tile(**changed: object) -> prefix_tiles.PrefixTile:
+        given = {"dtype": torch.bfloat16, "head_size": 128, "launch": "key", "dropout": False}
+        return prefix_tiles.prefix_tile(GPU, **(given | changed))  # type: ignore[arg-type]
+
+    assert tile().tma and tile(dtype=torch.float16, launch="forward").tma
+    assert not tile(tma=False).tma and not tile(dropout=True).tma and not tile(head_size=160).tma
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert not tile(dtype=torch.float32).tma
+    with prefix_tiles.forced_variant("pointers"):
+        assert not tile().tma
+    assert str(tile(head_size=64)) == "64x64 by TMA, 4 warps, 2 stages, 168 registers"
+
+
+def test_other_families_take_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(triton_runtime, "capability", lambda index, found=capability: found)
+        for launch in prefix_tiles.LAUNCHES:
+            assert not prefix_tiles.prefix_tile(GPU, torch.bfloat16, 128, launch, False).tma

@@ -1,0 +1,67 @@
+"""The times of one method: every case against its baselines, and every kernel variant.
+
+Each case passes its numerics gate before it is timed. ``bench.gpu_timing`` does the work in
+processes of its own; one that dies costs the item it was at, no other.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.methods import METHODS
+from bench.report.stage import Stage
+from bench.report.text import timing_text
+
+SECONDS = {"lora": 240.0, "adapter": 180.0, "prefix": 240.0, "prompt": 120.0}
+OTHERS_S, DRY_SECONDS = 240.0, 150.0
+LEAST_S = 15.0  # no process is started for less
+NAMES = tuple(METHODS)
+
+
+def run(stage: Stage) -> None:
+    """Time every item that fits of the method that the stage is named after."""
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(stage, Path(folder) / "state.json")
+    text, ok = timing_text(stage.content)
+    crashed, not_run = stage.content["crashed"], stage.content["not_run"]
+    items = len(stage.content["done"])
+    said = [f"{items} items timed", f"{len(crashed)} crashed", f"{len(not_run)} not run"]
+    stage.end(ok and items > 0, ", ".join(said))
+    stage.show(text)
+
+
+def _measure(stage: Stage, state_path: Path) -> None:
+    from bench import gpu_timing
+
+    pending = gpu_timing.items(stage.dry, [stage.name])
+    rows: list[dict[str, Any]] = []
+    crashed: dict[str, str] = {}
+    peaks: list[dict[str, Any]] = []
+    done: list[str] = []
+    stage.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks, done=done)
+    while pending and stage.left() > LEAST_S:
+        state_path.unlink(missing_ok=True)
+        # The child ends on its own before its limit; a hung kernel does not.
+        limit = stage.left()
+        command = ["-m", "bench.gpu_timing", str(state_path), str(limit - 10.0), *pending]
+        ended = stage.run(stage.name, command, limit)
+        try:
+            state = json.loads(state_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            crashed["timing process"] = str(ended)
+            break
+        rows += state["rows"]
+        peaks = state["peaks"] or peaks
+        finished = set(state["done"])
+        done += state["done"]
+        if state["running"]:
+            crashed[state["running"]] = str(ended)
+            finished.add(state["running"])
+        pending = [item for item in pending if item not in finished]
+        stage.add(not_run=pending, peaks=peaks)
+        if ended.status == 0 or not finished:
+            break
+    stage.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks, done=done)

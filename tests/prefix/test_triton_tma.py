@@ -1,0 +1,129 @@
+"""Prefix attention by tensor descriptors: the same bits as by pointers, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_kernels.core import prefix_tiles, triton_runtime
+from peft_kernels.prefix import launch as launchers
+from peft_kernels.prefix.arguments import descriptor
+from tests.prefix.problems import Problem, fused, results
+from tests.prefix.test_triton import BOTH, LAYOUTS, RICH, problem
+
+pytestmark = [
+    pytest.mark.skipif(
+        not triton_runtime.interpreted() or triton_runtime.import_problem() is not None,
+        reason="needs TRITON_INTERPRET=1 (a machine without a GPU) and Triton",
+    ),
+    pytest.mark.timeout(120),
+]
+
+
+@pytest.fixture
+def by_tma(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
+    """Whether each kernel that was launched took descriptors."""
+    seen: dict[str, bool] = {}
+    whole = launchers.launch
+
+    def noted(kernel: Any, grid: Any, *positional: Any, **named: Any) -> None:
+        if "TMA" in named:
+            seen[kernel.fn.__name__] = named["TMA"]
+        whole(kernel, grid, *positional, **named)
+
+    monkeypatch.setattr(launchers, "launch", noted)
+    yield seen
+
+
+def _run(given: Problem, variant: str) -> dict[str, Tensor]:
+    with prefix_tiles.forced_variant(variant):
+        inputs = given.inputs()
+        return results(fused(given, inputs, "triton"), inputs, given.dout, given.dlse)
+
+
+def _with_stride(t: Tensor, stride: int) -> list[int]:
+    return [stride if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_descriptors_change_no_bit(
+    layout: str, dtype: torch.dtype, by_tma: dict[str, bool]
+) -> None:
+    given = problem(**LAYOUTS[layout], dtype=dtype)
+    expected = _run(given, "pointers")
+    assert by_tma and not any(by_tma.values())
+    by_tma.clear()
+    _same(_run(given, "tma"), expected)
+    _, heads, queries, size = given.query.shape
+    _, kv_heads, keys, _ = given.tensors["key"].shape
+    folded = heads > kv_heads and 2 * queries <= 16
+    even = size * given.query.element_size() % 16 == 0
+    assert by_tma["_prefix_forward_kernel"] == (even and keys > 0)
+    if "_prefix_key_gradient_kernel" in by_tma:
+        assert by_tma["_prefix_key_gradient_kernel"] == (even and not folded)
+
+
+@pytest.mark.parametrize("layout", ["heads last", "slices", "expanded", "one sample", "shifted"])
+def test_strides_change_no_bit(layout: str, by_tma: dict[str, bool]) -> None:
+    given = problem(**RICH | {"size": 16, "gated": True})
+
+    def arranged(t: Tensor) -> Tensor:
+        if t.dim() < 3:
+            return t
+        if layout == "heads last":
+            return t.transpose(-3, -2).contiguous().transpose(-3, -2)
+        if layout == "slices":
+            return torch.cat([torch.full_like(t, float("nan")), t], -1)[..., t.shape[-1] :]
+        if layout == "one sample":  # A single index may have any stride, here 7 elements.
+            return t.as_strided(t.shape, _with_stride(t, 7))
+        if layout == "shifted":  # 4 bytes: TMA needs 16
+            return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+        return t[:1].expand_as(t) if t.dim() == 4 else t
+
+    strided = replace(
+        given,
+        tensors={name: arranged(t) for name, t in given.tensors.items()},
+        dout=arranged(given.dout),
+    )
+    packed = replace(
+        given,
+        tensors={name: t.contiguous() for name, t in strided.tensors.items()},
+        dout=strided.dout.contiguous(),
+    )
+    expected = _run(packed, "pointers")
+    by_tma.clear()
+    _same(_run(strided, "tma"), expected)
+    named = layout != "shifted" and not (layout == "expanded" and given.query.shape[0] > 1)
+    assert by_tma["_prefix_forward_kernel"] == named
+
+
+def test_a_descriptor_ends_with_its_head() -> None:
+    """What lies behind a head in memory, the next head or a NaN, is never read."""
+    given = problem(batch=2, heads=2, kv_heads=2, queries=19, keys=21, prefix=5, causal=True)
+    poisoned = {
+        name: torch.cat([t, torch.full_like(t[..., :3, :], float("nan"))], -2)[
+            ..., : t.shape[-2], :
+        ]
+        if t.dim() > 2
+        else t
+        for name, t in given.tensors.items()
+    }
+    _same(_run(replace(given, tensors=poisoned), "tma"), _run(given, "pointers"))
+
+
+def test_blocks_are_padded_in_features() -> None:
+    named = descriptor(torch.zeros(1, 2, 33, 80), 16, 128)
+    assert list(named.block_shape) == [1, 1, 16, 128]
+    assert list(named.shape) == [1, 2, 33, 80]
