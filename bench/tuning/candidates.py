@@ -91,8 +91,10 @@ class Candidate:
         object.__setattr__(self, "overrides", made)
 
     def __str__(self) -> str:
-        """Return the tile as a file spells it."""
-        return "present" if self.tile is None else tile_file.text(self.tile)
+        """Return the tile as a file spells it, "tma" before one of prefix attention by TMA."""
+        if self.tile is None:
+            return "present"
+        return "tma " * getattr(self.tile, "tma", False) + tile_file.text(self.tile)
 
     @property
     def taken(self) -> bool:

@@ -115,9 +115,10 @@ def test_candidates_are_others_than_the_present_tile_and_could_be_entries(family
         assert now not in [each.tile for each in found]
         count += len(found)
         for each in found:
-            assert tile_file.parsed(*each.entry, str(each)) == replace(
+            assert tile_file.parsed(*each.entry, tile_file.text(each.tile)) == replace(
                 each.tile, **({"ahead": False} if where.table == "adapter" else {})
             )
+        assert len(set(map(str, found))) == len(found), "times are told apart by it"
         tma = {each.variant for each in found} if where.table == "lora" else set()
         assert ("ticket_tma" in tma) <= (family == "sm_90")
     assert count > 300
@@ -160,6 +161,24 @@ def test_bench_tune_is_a_command_of_the_package(tmp_path: Path) -> None:
     options = ["--tune", str(out), "30", "--dry", "--only", "prefix/query 64"]
     assert package(["bench", *options]) == 0
     assert list(json.loads(out.read_text())["measured"]) == ["prefix/query 64"]
+
+
+def test_prefix_attention_by_pointers_wins_over_its_entry_by_tma() -> None:
+    where = target("prefix/key 128")
+    found = {each.variant: each for each in reversed(tuning.candidates(where, "sm_90"))}
+    alive = {"present": found["fused"], **found}
+
+    def entries(**ratios: float) -> dict[Any, Any]:
+        return tune.chosen_entries(where, tune.Result("", ratios={"present": 1.0, **ratios}), alive)
+
+    pointers, by_tma = found["pointers"], found["fused"]
+    assert by_tma.tile.tma and not pointers.tile.tma
+    assert entries(fused=0.9, pointers=0.95) == {by_tma.entry: by_tma.tile}
+    none = (*pointers.entry[:3], "tma key 128")
+    assert entries(pointers=0.9) == {pointers.entry: pointers.tile, none: None}
+    assert (
+        tile_file.dumped(entries(pointers=0.9))["sm_90"]["prefix"]["16bit"]["tma key 128"] is None
+    )
 
 
 def test_no_gpu_is_said_where_none_was_waived(tmp_path: Path) -> None:
