@@ -18,7 +18,7 @@ SOURCES := setup.py peft_kernels/version.py $(shell find csrc -type f \( -name '
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-adapters lint bench gpu-report clean distclean
+.PHONY: help demo test test-adapters lint docs bench gpu-report clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,9 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(READY) ## build the documentation into out/docs, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY) ## measure, against eager, compiled and frozen (ARGS="--op adapter" selects)
 	$(BIN)/python -m peft_kernels bench $(ARGS)

@@ -32,8 +32,8 @@ def section(source: Path) -> str:
     parts = [_machine(content["machine"], frozen=bool(rows["lora"]))]
     for name, method in METHODS.items():
         if rows[name]:
-            table = _over_frozen if method.frozen else _over_eager
-            parts += [table(method, rows[name]), _words(method, rows[name])]
+            shown = _over_frozen if method.frozen else _over_eager
+            parts += [shown(method, rows[name]), _words(method, rows[name])]
     parts.append(_missed(content["figures"]))
     return "\n".join([begin, "", "\n\n".join(filter(None, parts)), "", END])
 
@@ -61,7 +61,7 @@ def _found(rows: list[dict[str, Any]]) -> Found:
     return {(row["case"]["name"], row["direction"], row["provider"]): row for row in rows}
 
 
-def _table(header: list[str], numbers: int, body: list[list[str]]) -> str:
+def table(header: list[str], numbers: int, body: list[list[str]]) -> str:
     """Return a table whose last ``numbers`` columns stand to the right."""
     rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
     lines = ["|" + "|".join(rule) + "|"]
@@ -78,7 +78,7 @@ def _over_frozen(method: Method, rows: list[dict[str, Any]]) -> str:
         for name, direction in _timed(rows)
     ]
     header = [method.title, "direction", *method.columns.values()]
-    return _table(header, len(method.columns), body) if body else ""
+    return table(header, len(method.columns), body) if body else ""
 
 
 def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
@@ -103,7 +103,7 @@ def _over_eager(method: Method, rows: list[dict[str, Any]]) -> str:
         f"{_sentence(method.name)}: least time of {base} over that of each, "
         "so that above 1 is faster than eager."
     )
-    return f"{said}\n\n{_table([method.title, *columns], len(columns), body)}"
+    return f"{said}\n\n{table([method.title, *columns], len(columns), body)}"
 
 
 def _sentence(name: str) -> str:

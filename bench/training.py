@@ -28,6 +28,7 @@ from bench.stages import watchdog
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EAGER, COMPILED, OURS = "peft", "peft compiled", "accelerated"
+BOTH = "both"  # accelerated, then compiled
 APART = "no groups"  # accelerated, but every projection by itself
 CHECKED_STEPS = 4
 # Of the losses of the first steps, which differ by the roundings of bfloat16 alone.
@@ -130,9 +131,9 @@ def run(case: Training, provider: str, device: torch.device) -> Result:
     from peft_kernels import accelerate
 
     model = build(case, device)
-    if provider in (OURS, APART):
-        accelerate(model, strict=True, projections=provider == OURS)
-    forward: Callable[..., Any] = torch.compile(model) if provider == COMPILED else model
+    if provider in (OURS, APART, BOTH):
+        accelerate(model, strict=True, projections=provider != APART)
+    forward: Callable[..., Any] = torch.compile(model) if compiles(provider) else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator(device=device).manual_seed(1)
     size = (case.batch, case.tokens)
@@ -162,6 +163,11 @@ def run(case: Training, provider: str, device: torch.device) -> Result:
         case.name, provider, "", case.batch * case.tokens / taken, 1e3 * taken, peak,
         [each.item() for each in losses[:CHECKED_STEPS]],
     )  # fmt: skip
+
+
+def compiles(provider: str) -> bool:
+    """Return whether a provider goes through ``torch.compile``."""
+    return provider in (COMPILED, BOTH)
 
 
 def gated(result: Result, expected: Result | None) -> Result:
@@ -201,10 +207,10 @@ def table(results: list[Result]) -> str:
 def items(on_gpu: bool) -> list[str]:
     """Return what there is to measure: all of the first case, then the others, compiling last."""
     cases = CASES if on_gpu else (DRY,)
-    first = (EAGER, OURS, COMPILED, APART) if on_gpu else (EAGER, OURS, APART)
+    first = (EAGER, OURS, COMPILED, BOTH, APART) if on_gpu else (EAGER, OURS, APART)
     order = [(name, cases[0]) for name in first]
     order += [(name, case) for case in cases[1:] for name in (EAGER, OURS, APART)]
-    order += [(COMPILED, case) for case in cases[1:]]
+    order += [(name, case) for case in cases[1:] for name in (COMPILED, BOTH)]
     return [f"{name}@{case.name}" for name, case in order]
 
 
@@ -218,7 +224,7 @@ def main(out: str, seconds: float = 500.0, *asked: str) -> int:
         held = json.loads(path.read_text(encoding="utf-8"))["rows"]
         results = [Result(**row) for row in held]
     before = len(results)
-    longest = {COMPILED: 40.0 if device.type == "cuda" else 0.0}
+    longest = dict.fromkeys((COMPILED, BOTH), 40.0 if device.type == "cuda" else 0.0)
 
     def write(running: str | None) -> None:
         rows = [asdict(each) for each in results]

@@ -19,7 +19,7 @@ import peft_kernels
 ROOT = Path(__file__).resolve().parent.parent
 INHERITED = {"ARGS", "JOBS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTHON", "VENV"}
 INHERITED |= {"VENV_ADAPTERS"}
-PREPARED = ("demo", "test", "lint", "bench")
+PREPARED = ("demo", "test", "lint", "docs", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,9 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     always = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert sorted(always) == ["torch>=2.10", 'triton; sys_platform == "linux"']
-    assert {"adapters", "bench", "demo", "dev", "hf"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"adapters", "bench", "demo", "dev", "docs", "hf"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )
     assert any(each.endswith("/licenses/LICENSE") for each in archive.namelist())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import store, training
 from bench.report.stage import Stage
-from bench.training import COMPILED, Result, failed, table
+from bench.training import Result, failed, table
 
 NAME, SECONDS, DRY_SECONDS = "training", 500.0, 150.0
 COMPILE_S = 160.0
@@ -36,10 +36,10 @@ def _measure(stage: Stage, path: Path) -> list[dict[str, Any]]:
     pending = training.items(not stage.dry)
     rows: list[dict[str, Any]] = []
     while pending and stage.left() > LEAST_S:
-        compiling = pending[0].startswith(COMPILED)
+        compiling = _compiles(pending[0])
         batch = pending[:1]
         while not compiling and len(batch) < len(pending):
-            if pending[len(batch)].startswith(COMPILED):
+            if _compiles(pending[len(batch)]):
                 break
             batch.append(pending[len(batch)])
         limit = min(stage.left(), COMPILE_S if compiling else stage.left())
@@ -64,3 +64,7 @@ def _measure(stage: Stage, path: Path) -> list[dict[str, Any]]:
         rows.append(asdict(Result(case, provider, "not run, out of time")))
     stage.add(rows=rows)
     return rows
+
+
+def _compiles(item: str) -> bool:
+    return training.compiles(item.split("@", 1)[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import training
-from bench.training import APART, COMPILED, DRY, EAGER, OURS, Result, gated, table
+from bench.training import APART, BOTH, COMPILED, DRY, EAGER, OURS, Result, gated, table
 
 pytest.importorskip("peft")
 
@@ -71,5 +71,5 @@ def test_items_alone_are_added_to_what_is_held_and_gated_by_it(
 def test_compiling_is_reached_before_the_second_case() -> None:
     items = training.items(on_gpu=True)
     names = [each.split("@")[0] for each in items]
-    assert names[:4] == [EAGER, OURS, COMPILED, APART]
-    assert len(items) == len(set(items)) == 4 * len(training.CASES)
+    assert names[:5] == [EAGER, OURS, COMPILED, BOTH, APART]
+    assert len(items) == len(set(items)) == 5 * len(training.CASES)
