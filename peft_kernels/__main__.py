@@ -85,9 +85,9 @@ def _bench(arguments: list[str]) -> int:
     if "--tune" not in arguments:
         return subprocess.call([sys.executable, str(runner), *arguments])
     arguments.remove("--tune")
-    root = os.pathsep.join([str(runner.parent.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(runner.parent.parent), *filter(None, sys.path)])
     command = [sys.executable, "-m", "bench.tune", *arguments]
-    return subprocess.call(command, env=os.environ | {"PYTHONPATH": root})
+    return subprocess.call(command, env=os.environ | {"PYTHONPATH": paths})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,7 +81,7 @@ def forget() -> None:
 
 def _file() -> Overrides:
     if STATE.file is None:
-        path = os.environ.get(VARIABLE)
+        path = os.environ.get("PEFT_KERNELS_TILES")
         if path:
             from peft_kernels.core import tile_file
 
