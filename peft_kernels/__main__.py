@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # Their own parsers read what follows, --help included.
     commands.add_parser("demo", help="train on real digits, eager against fused", add_help=False)
-    commands.add_parser("bench", help="measure (from a source checkout)", add_help=False)
+    commands.add_parser("bench", help="measure, or --tune tiles (source checkout)", add_help=False)
     return parser
 
 
@@ -81,7 +82,12 @@ def _bench(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return subprocess.call([sys.executable, str(runner), *arguments])
+    if "--tune" not in arguments:
+        return subprocess.call([sys.executable, str(runner), *arguments])
+    arguments.remove("--tune")
+    paths = os.pathsep.join([str(runner.parent.parent), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "bench.tune", *arguments]
+    return subprocess.call(command, env=os.environ | {"PYTHONPATH": paths})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -276,5 +276,5 @@ def test_bench_runs_the_source_trees_runner_with_its_arguments(
     runner = "import json, sys; open(sys.argv[1], 'w').write(json.dumps(sys.argv[2:])); sys.exit(3)"
     (tmp_path / "bench" / "run.py").write_text(runner)
     seen = tmp_path / "seen.json"
-    assert command_line.main(["bench", str(seen), "--help", "--tune", "-x=1"]) == 3
-    assert json.loads(seen.read_text()) == ["--help", "--tune", "-x=1"]
+    assert command_line.main(["bench", str(seen), "--help", "--every", "-x=1"]) == 3
+    assert json.loads(seen.read_text()) == ["--help", "--every", "-x=1"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peft_kernels.core import tiles
+from peft_kernels.core import overrides, tiles
 from peft_kernels.core.tiles import ReductionTile
 
 # Ranks that a program holds at most; above, the products are the GEMM library's.
@@ -173,6 +173,7 @@ _REDUCTION_TILES_UNALIGNED = {
     "sm_120": ReductionTile(32, 32, 32, 4, 2),
 }
 
+# The most tokens of "few".
 FEW_TOKENS = 4096
 
 
@@ -201,20 +202,23 @@ def adapter_tile(
     """
     if bottleneck > MAX_BOTTLENECK:
         return LIBRARY
-    if device.type != "cuda":
-        return _INTERPRETED
-    if dtype == torch.float32 and tiles.precision(dtype, device) == "ieee":
+    width = tiles.width(dtype)
+    if device.type == "cuda" and width == "fp32" and tiles.precision(dtype, device) == "ieee":
         return LIBRARY
-    width = "fp32" if dtype == torch.float32 else "16bit"
-    shape_class = "few" if tokens <= FEW_TOKENS else "many"
+    family, block = tiles.table_of(device), bottleneck_block(bottleneck)
+    few = overrides.entry(family, "limits", "few_tokens", "adapter", FEW_TOKENS)
+    shape_class = "few" if tokens <= few else "many"
     if features % 16 or bottleneck % 16:
         shape_class = "ragged"
-    return _lookup(
-        tiles.family(device), width, shape_class, direction, bottleneck_block(bottleneck)
-    )
+    tile = _INTERPRETED
+    if device.type == "cuda":
+        tile = family_tile(family, width, shape_class, direction, block)
+    own = overrides.entry(family, "adapter", width, f"{shape_class} {direction} {block}", tile)
+    return replace(own, ahead=tile.ahead)
 
 
-def _lookup(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
+def family_tile(name: str, width: str, shape_class: str, direction: str, block: int) -> AdapterTile:
+    """Return a tile of a GPU family, by width ("16bit" or "fp32") and shape class."""
     table = _32BIT if width == "fp32" else _16BIT
     key = (width, shape_class, direction, block)
     own = _FAMILY_EXCEPTIONS.get(name, {})
@@ -246,8 +250,8 @@ def reduction_tile(
         return tiles.reduction_tile(device, dtype, bottleneck)
     if features % 16:
         return unaligned_reduction_tile(tiles.family(device))
-    table = reduction_tiles(tiles.family(device), "fp32" if dtype == torch.float32 else "16bit")
-    return table[tiles.reduction_block(table, bottleneck)]
+    table = reduction_tiles(tiles.family(device), tiles.width(dtype))
+    return tiles.overruled_reduction_tile(device, dtype, "adapter reduction", table, bottleneck)
 
 
 def plan(
@@ -260,7 +264,8 @@ def plan(
     )
     if forward.variant == "library":
         return str(forward)
-    return f"forward {forward}; backward {backward}"
+    note = overrides.note(tiles.table_of(device), "adapter", "adapter reduction")
+    return f"forward {forward}; backward {backward}{note}"
 
 
 def adapter_cases(name: str, width: str) -> Iterator[tuple[str, str, int, AdapterTile]]:
@@ -273,5 +278,5 @@ def adapter_cases(name: str, width: str) -> Iterator[tuple[str, str, int, Adapte
     for shape_class, table in (_32BIT if width == "fp32" else _16BIT).items():
         for direction in DIRECTIONS:
             for block in table:
-                tile = _lookup(name, width, shape_class, direction, block)
+                tile = family_tile(name, width, shape_class, direction, block)
                 yield shape_class, direction, block, tile

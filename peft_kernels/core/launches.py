@@ -10,18 +10,19 @@ A tape is kept only of calls that did nothing but allocate, view from the start,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels.core import lora_tiles, prefix_tiles, triton_runtime
+from peft_kernels.core import lora_tiles, overrides, prefix_tiles, triton_runtime
 
 # Shapes that change with every batch must not fill the memory.
 MOST_TAPES = 4096
@@ -173,12 +174,26 @@ class _Watch(TorchDispatchMode):
 def launch(kernel: Any, grid: Sequence[int], *positional: Any, **named: Any) -> None:
     """Launch ``kernel[grid](*positional, **named)``, seen by the tape that is recorded, if any."""
     compiled = kernel[grid](*positional, **named)
+    seen = getattr(_recording, "seen", None)
+    if seen is not None and compiled is not None:
+        seen.append(compiled)
     tape = getattr(_recording, "tape", None)
     if tape is not None and compiled is None:  # a hook of Triton's kept it from being launched
         tape.complete = False
     elif tape is not None:
         bound = dict(zip(kernel.arg_names, positional, strict=False)) | named
         tape.launched(compiled, grid, [bound[name] for name in kernel.arg_names])
+
+
+@contextlib.contextmanager
+def compiled_kernels() -> Iterator[list[Any]]:
+    """Give a list that takes in the compiled kernels launched meanwhile, but by a tape's replay."""
+    seen: list[Any] = []
+    _recording.seen = seen
+    try:
+        yield seen
+    finally:
+        _recording.seen = None
 
 
 def counters(device: torch.device, size: int) -> Tensor:
@@ -264,7 +279,13 @@ def _record(
 def _settings(device: torch.device, single: bool) -> tuple[Any, ...]:
     """Return what launchers look at beside their arguments; ``single``: some are float32."""
     precision = torch.backends.cuda.matmul.fp32_precision if single else None
-    return device.index, precision, lora_tiles.FORCED.current, prefix_tiles.FORCED.current
+    return (
+        device.index,
+        precision,
+        lora_tiles.FORCED.current,
+        prefix_tiles.FORCED.current,
+        overrides.STATE.forced,
+    )
 
 
 def _address(value: object) -> int:

@@ -1,149 +1,33 @@
-"""Tile table of LoRA: which kernel variant and block sizes run, per GPU family and shape class.
-
-Data, not code. Every tile here cross-compiles without spills for its families
-(``tests/compile``); which of them is fastest has been measured only where ``bench/results`` says
-so, the rest is reasoned from the sizes.
-"""
+"""Which tile of ``lora_tables`` a LoRA launch takes, by device, shape and what is forced."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from peft_kernels.core import tiles
+from peft_kernels.core import overrides, tiles
 from peft_kernels.core.forced import Forced
-
-VARIANTS = ("ticket", "ticket_tma", "recompute", "split")
-
-
-@dataclass(frozen=True)
-class LoRATile:
-    """How one launch of a LoRA product runs.
-
-    Attributes:
-        variant: "ticket" (producers of s and output tiles in one launch, ordered by an atomic
-            ticket), "ticket_tma" (the same by TMA, on Hopper), "recompute" (every output tile
-            computes its own s), or "split" (library GEMM, then s, then the rank-r update).
-        block_m: rows (tokens) of a tile.
-        block_n: columns of a tile.
-        block_k: depth of one step of the main loop.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline.
-        group_m: row blocks that share a pass over the columns, for L2 reuse.
-    """
-
-    variant: str
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-
-    def __str__(self) -> str:
-        """Return variant and sizes in short."""
-        if self.variant == "split":
-            return "split: library GEMM, then the low-rank update"
-        return (
-            f"{self.variant} {self.block_m}x{self.block_n}x{self.block_k}, "
-            f"{self.num_warps} warps, {self.num_stages} stages"
-        )
-
-
-# Keyed by family, then by shape class: "decode" is at most 16 tokens, "small" at most 256, "large"
-# the rest. A large forward under dropout is "dropped" where a table tells it from "large". A large
-# backward is "backward", or "masked" under dropout, whose epilogue needs registers for the mask.
-# "+" marks ranks above 16: their blocks of a, b and s need registers too.
-_WIDE = {
-    # 64 columns left half of an H200 without work at 4096 columns.
-    "decode": LoRATile("recompute", 16, 32, 128, 4, 4),
-    "decode+": LoRATile("recompute", 16, 32, 64, 4, 4),
-    "small": LoRATile("ticket", 64, 64, 64, 4, 4),
-    "small+": LoRATile("ticket", 64, 64, 64, 4, 4),
-    "large": LoRATile("ticket", 128, 256, 64, 8, 4),
-    "large+": LoRATile("ticket", 128, 128, 64, 8, 4),
-    "backward": LoRATile("ticket", 128, 256, 64, 8, 3),
-    "backward+": LoRATile("ticket", 128, 128, 64, 8, 4),
-    "masked": LoRATile("ticket", 128, 128, 64, 8, 3),
-    "masked+": LoRATile("ticket", 128, 128, 64, 8, 3),
-}
-_AMPERE = _WIDE | {
-    "decode": LoRATile("recompute", 16, 64, 64, 4, 4),
-    "large": LoRATile("ticket", 128, 128, 64, 8, 3),
-    "large+": LoRATile("ticket", 128, 128, 32, 8, 4),
-    "backward": LoRATile("ticket", 128, 128, 64, 8, 3),
-    "backward+": LoRATile("ticket", 128, 128, 32, 8, 4),
-    "masked": LoRATile("ticket", 128, 128, 32, 8, 4),
-    "masked+": LoRATile("ticket", 128, 128, 32, 8, 4),
-}
-# 99 KiB of shared memory.
-_COMPACT = _AMPERE | {
-    "decode": LoRATile("recompute", 16, 64, 64, 4, 3),
-    "decode+": LoRATile("recompute", 16, 64, 64, 4, 3),
-    "large": LoRATile("ticket", 128, 128, 32, 8, 3),
-    "large+": LoRATile("ticket", 128, 128, 32, 8, 3),
-    "backward": LoRATile("ticket", 128, 128, 32, 8, 3),
-    "backward+": LoRATile("ticket", 128, 128, 32, 8, 3),
-    "masked": LoRATile("ticket", 128, 128, 32, 8, 3),
-    "masked+": LoRATile("ticket", 128, 128, 32, 8, 3),
-}
-# Hopper's tiles by TMA, and the shape classes in which they are taken without being forced: there
-# they beat every pointer tile on an H200, in 14 of 16 cases (the other two are masked, by 4%).
-TMA_CLASSES = frozenset(
-    name + suffix for name in ("large", "dropped", "backward", "masked") for suffix in ("", "+")
+from peft_kernels.core.lora_tables import (
+    EXACT_VARIANT,
+    FEW_RANKS,
+    INTERPRETED,
+    LORA_16BIT,
+    LORA_TF32,
+    LOW_RANK_TILE,
+    LOW_RANK_TILE_32BIT,
+    LOW_RANK_TILE_EXACT,
+    SAME_AS,
+    SHAPE_CLASSES,
+    TMA,
+    TMA_FROM,
+    UNALIGNED,
+    UNALIGNED_TF32,
+    VARIANTS,
+    LoRATile,
 )
-_TMA = {
-    "small": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
-    "small+": LoRATile("ticket_tma", 64, 64, 64, 4, 4),
-    "large": LoRATile("ticket_tma", 256, 128, 64, 8, 4),
-    "large+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-    "dropped": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-    "dropped+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-    "backward": LoRATile("ticket_tma", 256, 128, 64, 8, 4),
-    "backward+": LoRATile("ticket_tma", 256, 128, 64, 8, 4),
-    "masked": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-    "masked+": LoRATile("ticket_tma", 128, 256, 64, 8, 4),
-}
-# Multiply-adds from which TMA is worth describing four tensors to it, half of a launch on the
-# host: below, what it saves the device of an H200 (at most a tenth) is less. Reasoned from both.
-TMA_WORK = 1 << 35
-_BLACKWELL = _WIDE | {
-    "large": LoRATile("ticket", 128, 256, 64, 8, 4),
-    "backward": LoRATile("ticket", 128, 128, 64, 8, 4),
-}
-_LORA_16BIT: dict[str, dict[str, LoRATile]] = {
-    "sm_80": _AMPERE,
-    "sm_86": _COMPACT,
-    "sm_89": _COMPACT,
-    "sm_90": _WIDE,
-    "sm_100": _BLACKWELL,
-    "sm_120": _COMPACT,
-}
-# float32 with tf32 products. Exact float32 products belong to the GEMM library ("split").
-_LORA_TF32 = {
-    "decode": LoRATile("recompute", 16, 64, 64, 4, 3),
-    "decode+": LoRATile("recompute", 16, 64, 32, 4, 3),
-    "small": LoRATile("ticket", 64, 64, 32, 4, 3),
-    "small+": LoRATile("ticket", 64, 64, 32, 4, 3),
-    "large": LoRATile("ticket", 128, 64, 32, 8, 3),
-    "large+": LoRATile("ticket", 128, 64, 32, 8, 3),
-    "backward": LoRATile("ticket", 128, 64, 32, 8, 3),
-    "backward+": LoRATile("ticket", 128, 64, 32, 8, 3),
-    "masked": LoRATile("ticket", 64, 64, 32, 4, 3),
-    "masked+": LoRATile("ticket", 64, 64, 32, 4, 3),
-}
-# Where K is no multiple of 64, or N, a stride or an address none of 16: loads are masked or cannot
-# be asynchronous copies, pass through registers, and leave fewer of them for the tile.
-_UNALIGNED = LoRATile("ticket", 64, 64, 64, 8, 2)
-_UNALIGNED_TF32 = LoRATile("ticket", 64, 32, 32, 4, 2)
-# What computes s alone, for "split" and for a backward that needs no dx.
-LOW_RANK_TILE = LoRATile("split", 64, 64, 64, 4, 3)
-LOW_RANK_TILE_32BIT = LoRATile("split", 64, 64, 32, 4, 3)
-# Exact float32 products run off the tensor cores and need more registers.
-LOW_RANK_TILE_EXACT = LoRATile("split", 32, 64, 32, 4, 2)
-_INTERPRETED = LoRATile("ticket", 32, 32, 32, 4, 1)
 
 # "ticket" serves where another cannot run: "recompute" for ranks above 32 and for dropout in
 # backward, "ticket_tma" off Hopper, for float32, unaligned operands and ranks off 8.
@@ -151,29 +35,49 @@ FORCED = Forced(*VARIANTS)
 forced_variant = FORCED.variant
 
 
-def _table(device: torch.device, dtype: torch.dtype) -> dict[str, LoRATile]:
-    if device.type != "cuda":
-        return dict.fromkeys(_WIDE, _INTERPRETED)
-    return _LORA_TF32 if dtype == torch.float32 else _LORA_16BIT[tiles.family(device)]
+def table_tile(family: str, width: str, name: str) -> LoRATile:
+    """Return what a family's table, or what overrules it, says of a shape class.
+
+    Args:
+        family: of GPUs, or "interpreted".
+        width: "16bit" or "fp32" (tf32 products).
+        name: the shape class; "tma " before it: of the tiles by TMA.
+    """
+    if name.startswith("tma "):
+        tile = replace(INTERPRETED, variant="ticket_tma")
+        if family != tiles.INTERPRETED:
+            tile = TMA[family][name.removeprefix("tma ")]
+    elif family == tiles.INTERPRETED:
+        tile = INTERPRETED
+    else:
+        table = LORA_TF32 if width == "fp32" else LORA_16BIT[family]
+        tile = table[name] if name in table else table[SAME_AS[name]]
+    own: LoRATile = overrides.entry(family, "lora", width, name, tile)
+    return replace(tile, variant="split") if own.variant == "split" else own
+
+
+def tma_from(family: str, name: str) -> int | None:
+    """Return the multiply-adds from which a shape class goes by TMA; None: it never does."""
+    otherwise = TMA_FROM.get(family, {}).get(name)
+    least: int | None = overrides.entry(family, "limits", "tma_from", name, otherwise)
+    return least
 
 
 def _tma_tile(
-    device: torch.device, dtype: torch.dtype, rank: int, name: str, aligned: bool
+    family: str, width: str, rank: int, name: str, aligned: bool, work: float
 ) -> LoRATile | None:
-    """Return the tile of "ticket_tma" where that is forced, or measured the fastest, and runs."""
-    if FORCED.current != "ticket_tma" and (FORCED.current or name not in TMA_CLASSES):
+    """Return the tile of "ticket_tma" where that is forced, or the table's choice, and runs."""
+    if FORCED.current not in (None, "ticket_tma"):
         return None
-    if device.type != "cuda":
-        return replace(_INTERPRETED, variant="ticket_tma") if FORCED.current else None
     # Loaded one by one, the elements of b at another rank need the registers of a wide tile.
-    if not aligned or rank % 8 or dtype == torch.float32 or tiles.family(device) != "sm_90":
+    runs = aligned and rank % 8 == 0 and width == "16bit" and family in TMA
+    if FORCED.current is None:
+        least = tma_from(family, name) if runs else None
+        if least is None or work < least:
+            return None
+    elif not runs and family != tiles.INTERPRETED:
         return None
-    return _TMA[name.replace("decode", "small")]
-
-
-def tma_pays(tokens: int, in_features: int, out_features: int) -> bool:
-    """Return whether TMA gains a product more than it costs the host, or is forced."""
-    return FORCED.current == "ticket_tma" or tokens * in_features * out_features >= TMA_WORK
+    return table_tile(family, width, "tma " + name.replace("decode", "small"))
 
 
 def rank_block(rank: int) -> int:
@@ -206,6 +110,13 @@ def low_rank_rows(tile: LoRATile) -> int:
     return max(16, min(64, tile.block_m // 2))
 
 
+def shape_class(tokens: int, rank: int, direction: str) -> str:
+    """Return the name that a product has in the tables; its arguments are ``lora_tile``'s."""
+    classes = SHAPE_CLASSES[direction]
+    name = next(name for most, name in classes if most is None or tokens <= most)
+    return name if rank <= FEW_RANKS else name + "+"
+
+
 def lora_tile(
     device: torch.device,
     dtype: torch.dtype,
@@ -214,6 +125,7 @@ def lora_tile(
     direction: str,
     aligned: bool = True,
     tma: bool = True,
+    work: float = math.inf,
 ) -> LoRATile:
     """Return how a LoRA product runs.
 
@@ -224,41 +136,54 @@ def lora_tile(
         rank: r.
         direction: "forward" or "backward", under dropout "dropped" or "masked".
         aligned: whether sizes, strides and addresses of x and w allow unmasked asynchronous copies.
-        tma: whether tensor descriptors may name x, w and y, and pay.
+        tma: whether tensor descriptors may name x, w and y.
+        work: multiply-adds of the base product.
     """
-    table = _table(device, dtype)
-    shape_class = "decode" if tokens <= 16 else "small" if tokens <= 256 else "large"
-    # The decode tile recomputes s, which a masked epilogue cannot.
-    if direction == "masked" and shape_class == "decode":
-        shape_class = "small"
-    if direction != "forward" and shape_class == "large":
-        shape_class = direction
-    name = shape_class + ("+" if rank > 16 else "")
-    by_tma = _tma_tile(device, dtype, rank, name, aligned) if tma else None
+    exact = tiles.precision(dtype, device) == "ieee" and device.type == "cuda"
+    family, width = tiles.table_of(device), tiles.width(dtype)
+    return chosen(family, width, tokens, rank, direction, aligned, tma, work, exact)
+
+
+def chosen(
+    family: str,
+    width: str,
+    tokens: int,
+    rank: int,
+    direction: str,
+    aligned: bool = True,
+    tma: bool = True,
+    work: float = math.inf,
+    exact: bool = False,
+) -> LoRATile:
+    """Return what ``lora_tile`` does, of a family ("interpreted": on a CPU) and a width.
+
+    ``exact``: float32 products are.
+    """
+    name = shape_class(tokens, rank, direction)
+    by_tma = _tma_tile(family, width, rank, name, aligned, work) if tma else None
     if by_tma is not None:
         return by_tma
-    tile = table[name.replace("dropped", "large")]
-    if not aligned and device.type == "cuda":
-        tile = _UNALIGNED_TF32 if dtype == torch.float32 else _UNALIGNED
-    exact = (
-        dtype == torch.float32
-        and device.type == "cuda"
-        and tiles.precision(dtype, device) == "ieee"
-    )
-    variant = FORCED.current or ("split" if exact else tile.variant)
-    if variant == "recompute" and (rank > 32 or direction == "masked"):
-        variant = "ticket"
-    if variant == "ticket_tma":
+    tile = table_tile(family, width, name)
+    if not aligned and family != tiles.INTERPRETED:
+        tile = UNALIGNED_TF32 if width == "fp32" else UNALIGNED
+    library = exact and width == "fp32"
+    variant = FORCED.current or (EXACT_VARIANT if library else tile.variant)
+    if variant == "ticket_tma" or not _recomputes(variant, rank, direction):
         variant = "ticket"
     if variant == "ticket" and tile.variant == "recompute":
-        tile = table["small" + ("+" if rank > 16 else "")]
+        tile = table_tile(family, width, "small" if rank <= FEW_RANKS else "small+")
     return tile if variant == tile.variant else replace(tile, variant=variant)
+
+
+def _recomputes(variant: str, rank: int, direction: str) -> bool:
+    """Return whether a kernel of that variant could run: "recompute" holds one block of ranks."""
+    return variant != "recompute" or (rank <= rank_block(rank) and direction != "masked")
 
 
 def low_rank_tile(device: torch.device, dtype: torch.dtype) -> LoRATile:
     """Return the tile of the launch that computes s alone."""
     if device.type != "cuda":
-        return _INTERPRETED
+        return INTERPRETED
     if dtype != torch.float32:
         return LOW_RANK_TILE
     return LOW_RANK_TILE_32BIT if tiles.precision(dtype, device) == "tf32" else LOW_RANK_TILE_EXACT
@@ -276,25 +201,26 @@ def lora_plan(
     """Return how forward and backward of a LoRA call run, for ``explain``."""
     there, back = ("dropped", "masked") if dropout else ("forward", "backward")
     even = in_features % 64 == out_features % 16 == 0
-    tma = tma_pays(tokens, in_features, out_features)
-    forward = lora_tile(device, dtype, tokens, rank, there, even, tma)
+    work = tokens * in_features * out_features
+    forward = lora_tile(device, dtype, tokens, rank, there, even, work=work)
     even = out_features % 64 == in_features % 16 == 0
-    backward = lora_tile(device, dtype, tokens, rank, back, even, tma)
-    return f"forward {forward}; backward {backward}"
+    backward = lora_tile(device, dtype, tokens, rank, back, even, work=work)
+    note = overrides.note(tiles.table_of(device), "lora", "reduction")
+    return f"forward {forward}; backward {backward}{note}"
 
 
 def lora_cases() -> Iterator[tuple[str, str, str, LoRATile]]:
     """Yield (family, dtype, shape class, tile) of every LoRA launch the tables can choose."""
     for name in tiles.FAMILIES:
-        for shape_class, tile in _LORA_16BIT[name].items():
+        for each, tile in LORA_16BIT[name].items():
             for dtype in ("bf16", "fp16"):
-                yield name, dtype, shape_class, tile
-        for shape_class, tile in _TMA.items() if name == "sm_90" else ():
+                yield name, dtype, each, tile
+        for each, tile in TMA.get(name, {}).items():
             for dtype in ("bf16", "fp16"):
-                yield name, dtype, shape_class, tile
+                yield name, dtype, each, tile
         for suffix in ("", "+"):
-            yield name, "bf16", "unaligned" + suffix, _UNALIGNED
-            yield name, "fp16", "unaligned" + suffix, _UNALIGNED
-            yield name, "fp32", "unaligned" + suffix, _UNALIGNED_TF32
-        for shape_class, tile in _LORA_TF32.items():
-            yield name, "fp32", shape_class, tile
+            yield name, "bf16", "unaligned" + suffix, UNALIGNED
+            yield name, "fp16", "unaligned" + suffix, UNALIGNED
+            yield name, "fp32", "unaligned" + suffix, UNALIGNED_TF32
+        for each, tile in LORA_TF32.items():
+            yield name, "fp32", each, tile

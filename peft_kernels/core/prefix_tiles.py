@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peft_kernels.core import tiles
+from peft_kernels.core import overrides, tiles
 from peft_kernels.core.forced import Forced
 
 LAUNCHES = ("forward", "query", "key", "prefix")
@@ -161,7 +161,8 @@ def variant(device: torch.device, queries: int) -> str:
     """Return "fused" or "split", which wins for so many queries where both can serve."""
     if FORCED.current is not None:
         return "split" if FORCED.current == "split" else "fused"
-    least = SPLIT_FROM["cpu" if device.type == "cpu" else tiles.family(device)]
+    name = "cpu" if device.type == "cpu" else tiles.family(device)
+    least = overrides.entry(name, "limits", "split_from", "queries", SPLIT_FROM[name])
     return "fused" if least is None or queries < least else "split"
 
 
@@ -232,7 +233,8 @@ def prefix_tile(
         tma: whether descriptors can name what the launch streams.
     """
     if device.type != "cuda":
-        return replace(_INTERPRETED, tma=tma and FORCED.current == "tma")
+        tile = _overruled(tiles.INTERPRETED, dtype, head_size, launch, dropout, _INTERPRETED)
+        return replace(tile, tma=tma and FORCED.current == "tma")
     table = "fp32" if dtype == torch.float32 else "16bit"
     if table == "fp32" and tiles.precision(dtype, device) == "ieee":
         return LIBRARY
@@ -240,10 +242,36 @@ def prefix_tile(
         return LIBRARY
     name, block = tiles.family(device), head_block(head_size)
     if tma and not dropout and table == "16bit" and FORCED.current != "pointers":
-        tile = tma_tile(name, launch, block)
-        if tile is not None:
-            return tile
-    return family_tile(table, name, launch, block, dropout)
+        by_tma = tma_entry(name, launch, head_size)
+        if by_tma is not None:
+            return by_tma
+    tile = family_tile(table, name, launch, block, dropout)
+    return _overruled(name, dtype, head_size, launch, dropout, tile)
+
+
+def entry_name(launch: str, head_size: int, dropout: bool) -> str:
+    """Return what a file of tiles calls the tile of a launch: "key 128", "key 128 dropout"."""
+    widest = next(widest for widest in _BLOCKS if head_size <= widest)
+    return f"{launch} {widest}" + " dropout" * dropout
+
+
+def tma_entry(name: str, launch: str, head_size: int) -> PrefixTile | None:
+    """Return the tile by TMA of a family and a launch, or what overrules it; None: there is none.
+
+    A file of tiles calls it "tma key 128".
+    """
+    tile = tma_tile(name, launch, head_block(head_size))
+    entry = "tma " + entry_name(launch, head_size, False)
+    own: PrefixTile | None = overrides.entry(name, "prefix", "16bit", entry, tile)
+    return own
+
+
+def _overruled(
+    name: str, dtype: torch.dtype, head_size: int, launch: str, dropout: bool, tile: PrefixTile
+) -> PrefixTile:
+    entry = entry_name(launch, head_size, dropout)
+    own: PrefixTile = overrides.entry(name, "prefix", tiles.width(dtype), entry, tile)
+    return own
 
 
 def why_not(head_size: int) -> str | None:
@@ -258,7 +286,8 @@ def plan(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool
     found = [prefix_tile(device, dtype, head_size, launch, dropout) for launch in LAUNCHES]
     if LIBRARY in found:
         return str(LIBRARY)
-    return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found)
+    note = overrides.note(tiles.table_of(device), "prefix")
+    return "forward {}; dq {}; dk and dv {}; prefix {}".format(*found) + note
 
 
 def prefix_cases(name: str, table: str) -> Iterator[tuple[str, int, bool, PrefixTile]]:

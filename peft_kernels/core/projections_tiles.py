@@ -6,15 +6,56 @@ take alone, by pointers, or a smaller one where that spills. Which is fastest wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from peft_kernels.core import lora_tiles, tiles, triton_runtime
-from peft_kernels.core.lora_tiles import LoRATile, lora_tile
+from peft_kernels.core import lora_tiles, overrides, tiles, triton_runtime
+from peft_kernels.core.lora_tables import FEW_RANKS, LoRATile
+from peft_kernels.core.lora_tiles import lora_tile
 
 MOST = 4  # projections of one launch
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A change to tiles that spill in a grouped launch.
+
+    Attributes:
+        families: that it is for.
+        directions: likewise.
+        sizes: of the tiles that it is for, by name.
+        becomes: what it makes of them.
+        many_ranks: it is for ranks above 16 alone.
+    """
+
+    families: tuple[str, ...]
+    directions: tuple[str, ...]
+    sizes: dict[str, int]
+    becomes: dict[str, Any]
+    many_ranks: bool = False
+
+    def concerns(self, family: str, direction: str, rank: int, tile: LoRATile) -> bool:
+        """Return whether a tile is changed."""
+        meant = family in self.families and direction in self.directions
+        sized = all(getattr(tile, name) == size for name, size in self.sizes.items())
+        return meant and sized and (rank > FEW_RANKS or not self.many_ranks)
+
+
+# Applied one after the other. The first and the third are float32's.
+SMALLER = (
+    Smaller(
+        tiles.FAMILIES, ("backward",), {"block_m": 128, "block_n": 64, "block_k": 32},
+        {"block_m": 64, "num_warps": 4},
+    ),
+    Smaller(("sm_100", "sm_120"), ("backward",), {"block_m": 64}, {"block_k": 32}),
+    Smaller(("sm_100",), ("masked",), {"block_k": 32}, {"num_warps": 8}, True),
+    Smaller(("sm_90",), ("forward", "dropped"), {"block_n": 256}, {"block_n": 128}),
+    Smaller(("sm_90",), ("dropped",), {"block_m": 128}, {"block_k": 32}, True),
+)  # fmt: skip
 
 
 def projections_tile(
@@ -25,7 +66,7 @@ def projections_tile(
     direction: str,
     aligned: bool,
     one_layout: bool,
-    tma: bool = True,
+    work: float = math.inf,
 ) -> LoRATile | str:
     """Return the tile of a grouped launch, or why there is none.
 
@@ -37,12 +78,12 @@ def projections_tile(
         direction: "forward" or "backward", under dropout "dropped" or "masked".
         aligned: whether sizes, strides and addresses allow unmasked asynchronous copies.
         one_layout: whether all weights are row-major, or none is.
-        tma: whether TMA pays for all of them together.
+        work: multiply-adds of all base products together.
     """
     if not one_layout:
         return "the weights are not all row-major"
     onward = direction in ("forward", "dropped")
-    alone = lora_tile(device, dtype, tokens, rank, direction, aligned, tma)
+    alone = lora_tile(device, dtype, tokens, rank, direction, aligned, work=work)
     if onward and alone.variant == "ticket_tma":
         return "TMA is faster one by one than pointers in one launch"
     # dX of a few tokens takes the next larger tile: no tile that makes its own s has several.
@@ -73,22 +114,15 @@ def pays_dropped(
 
     Not where TMA serves each of them: a training step then took 3% longer on an H200.
     """
-    tma = lora_tiles.tma_pays(tokens, in_features, out_features)
-    return lora_tile(device, dtype, tokens, 16, "masked", tma=tma).variant != "ticket_tma"
+    work = tokens * in_features * out_features
+    return lora_tile(device, dtype, tokens, 16, "masked", work=work).variant != "ticket_tma"
 
 
 def grouped(family: str, direction: str, rank: int, tile: LoRATile) -> LoRATile:
     """Return ``tile``, or a smaller one where the pointers of several projections make it spill."""
-    if direction == "backward" and (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 32):
-        return replace(tile, block_m=64, num_warps=4)  # float32
-    if direction == "backward" and tile.block_m == 64 and family in ("sm_100", "sm_120"):
-        return replace(tile, block_k=32)
-    if (family, direction, tile.block_k) == ("sm_100", "masked", 32) and rank > 16:
-        return replace(tile, num_warps=8)  # float32
-    if direction in ("forward", "dropped") and family == "sm_90" and tile.block_n == 256:
-        tile = replace(tile, block_n=128)
-    if direction == "dropped" and family == "sm_90" and rank > 16 and tile.block_m == 128:
-        tile = replace(tile, block_k=32)
+    for smaller in SMALLER:
+        if smaller.concerns(family, direction, rank, tile):
+            tile = replace(tile, **smaller.becomes)
     return tile
 
 
@@ -138,13 +172,13 @@ def projections_plan(
     there, back = ("dropped", "masked") if any(dropout) else ("forward", "backward")
     rank = max(ranks)
     even = in_features % 64 == 0 and all(width % 16 == 0 for width in out_features)
-    tma = lora_tiles.tma_pays(tokens, in_features, sum(out_features))
-    forward = projections_tile(device, dtype, tokens, rank, there, even, one_layout, tma)
+    work = tokens * in_features * sum(out_features)
+    forward = projections_tile(device, dtype, tokens, rank, there, even, one_layout, work)
     even = in_features % 16 == 0 and all(width % 64 == 0 for width in out_features)
     backward = projections_tile(device, dtype, tokens, rank, back, even, one_layout)
     return (
         f"forward {_launches(forward, count)}; dX {_launches(backward, count)}; "
-        f"dA, dB, dbias one by one"
+        f"dA, dB, dbias one by one" + overrides.note(tiles.table_of(device), "lora")
     )
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_kernels.core import triton_runtime
+from peft_kernels.core import overrides, triton_runtime
 
 FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+# What stands for a family where Triton interprets kernels, on CPU tensors.
+INTERPRETED = "interpreted"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,16 @@ def family(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
+def table_of(device: torch.device) -> str:
+    """Return the family of a CUDA device, or "interpreted"."""
+    return family(device) if device.type == "cuda" else INTERPRETED
+
+
+def width(dtype: torch.dtype) -> str:
+    """Return which tables a dtype takes: "16bit", or "fp32"."""
+    return "fp32" if dtype == torch.float32 else "16bit"
+
+
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Return Triton's input precision of a product: PyTorch's setting for float32 on CUDA."""
     if dtype == torch.float32 and device.type == "cuda":
@@ -99,14 +111,31 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 
 def reduction_tile(device: torch.device, dtype: torch.dtype, rank: int) -> ReductionTile:
     """Return the tile of the token-split gradient reduction."""
+    exact = device.type == "cuda" and dtype == torch.float32 and precision(dtype, device) == "ieee"
+    if exact:
+        return REDUCTION_TILES_EXACT[reduction_block(REDUCTION_TILES_EXACT, rank)]
     if device.type != "cuda":
         table = _REDUCTION_TILES_INTERPRETED
     elif dtype != torch.float32:
         table = family_reduction_tiles(family(device))
     else:
-        exact = precision(dtype, device) == "ieee"
-        table = REDUCTION_TILES_EXACT if exact else REDUCTION_TILES_32BIT
-    return table[reduction_block(table, rank)]
+        table = REDUCTION_TILES_32BIT
+    return overruled_reduction_tile(device, dtype, "reduction", table, rank)
+
+
+def overruled_reduction_tile(
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    table: Mapping[int, ReductionTile],
+    rank: int,
+) -> ReductionTile:
+    """Return a table's tile for a rank, or what overrules it in the table called ``name``."""
+    block = reduction_block(table, rank)
+    tile: ReductionTile = overrides.entry(
+        table_of(device), name, width(dtype), str(block), table[block]
+    )
+    return tile
 
 
 def reduction_block(table: Mapping[int, ReductionTile], rank: int) -> int:

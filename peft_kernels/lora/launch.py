@@ -129,7 +129,7 @@ def _product(operands: _Operands, y: Tensor) -> None:
     x, w = operands.x, operands.w
     (tokens, depth), columns = x.shape, w.shape[0]
     wanted = (x.device, x.dtype, tokens, operands.a.shape[0], operands.direction, _aligned(x, w))
-    tile = lora_tiles.lora_tile(*wanted, tma=lora_tiles.tma_pays(tokens, depth, columns))
+    tile = lora_tiles.lora_tile(*wanted, work=tokens * depth * columns)
     if tile.variant == "ticket_tma":
         if _describable(x, w, y):
             _ticket_tma(operands, y, tile)

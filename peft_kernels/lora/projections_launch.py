@@ -125,9 +125,7 @@ def _forward_tile(x: Tensor, projections: Sequence[Projection]) -> LoRATile | st
         "dropped" if dropped else "forward",
         all(single._aligned(x, each.weight) for each in projections),
         one_layout([each.weight for each in projections]),
-        lora_tiles.tma_pays(
-            x.shape[0], x.shape[1], sum(each.weight.shape[0] for each in projections)
-        ),
+        x.shape[0] * x.shape[1] * sum(each.weight.shape[0] for each in projections),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_kernels.core import lora_tiles, projections_tiles, tiles, triton_runtime
+from peft_kernels.core import lora_tables, lora_tiles, projections_tiles, tiles, triton_runtime
 
 pytest.importorskip("triton")
 
@@ -93,8 +93,10 @@ def test_tma_is_taken_on_hopper_by_aligned_16_bit_operands(
 
 def test_tma_can_be_chosen_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> None:
     given = (GPU, torch.bfloat16, 5000, 16)
-    monkeypatch.setattr(lora_tiles, "TMA_CLASSES", frozenset({"large"}))
+    monkeypatch.setitem(lora_tables.TMA_FROM, "sm_90", {"large": 100, "backward": None})
     assert lora_tiles.lora_tile(*given, "forward").variant == "ticket_tma"
+    assert lora_tiles.lora_tile(*given, "forward", work=100).variant == "ticket_tma"
+    assert lora_tiles.lora_tile(*given, "forward", work=99).variant == "ticket"
     assert lora_tiles.lora_tile(*given, "backward").variant == "ticket"
     assert lora_tiles.lora_tile(*given, "forward", tma=False).variant == "ticket"
     with lora_tiles.forced_variant("ticket"):

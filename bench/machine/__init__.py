@@ -1,0 +1,1 @@
+"""What ``bench.model`` knows: GPUs by name, and the work of every kernel."""
