@@ -62,7 +62,7 @@ def page() -> str:
         *_methods(on_gpu["rows"]),
         "### Training steps",
         f"{training['what'][:1].upper()}{training['what'][1:]}. "
-        + _made_on(training["machine"], [training["commit"]]),
+        + _made_on(training["machine"], dict.fromkeys(row["commit"] for row in training["rows"])),
         _training(training["rows"]),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
