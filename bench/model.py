@@ -151,7 +151,7 @@ def measured_rows(gpu: Gpu) -> list[Row]:
             continue
         for each in content.get("rows", ()):
             if isinstance(each, dict) and {"provider", "timing", "case"} <= set(each):
-                row = row_of({k: v for k, v in each.items() if k not in ("commit", "item")})
+                row = row_of(each)
                 if row.status == TIMED:
                     found[row.case.name, row.direction, row.provider] = row
     return list(found.values())

@@ -18,6 +18,7 @@ from bench.method import DIRECTIONS, FORWARD, Case, Method, Provider, first
 from bench.methods import METHODS, method_of
 from bench.roofline import Peaks, measure_peaks
 
+_BESIDE = ("item", "commit", "date")
 TIMED, FAILED, NOT_RUN = "timed", "failed", "not run"
 
 
@@ -223,8 +224,11 @@ def plain(row: Row) -> dict[str, Any]:
 
 
 def row_of(held: Mapping[str, Any]) -> Row:
-    """Return the row that ``plain`` made ``held`` of; files of format 1 hold LoRA's rows alone."""
-    fields = dict(held)
+    """Return the row that ``plain`` made ``held`` of; files of format 1 hold LoRA's rows alone.
+
+    What a report and the committed files write beside it is left out.
+    """
+    fields = {name: value for name, value in held.items() if name not in _BESIDE}
     case_type = METHODS[fields.pop("op", "lora")].case_type
     times = {name: held[name] and Timing(**held[name]) for name in ("timing", "wall")}
     return Row(**{**fields, "case": case_type(**held["case"]), **times})

@@ -27,9 +27,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     versions, devices = report["versions"], report["devices"]
     described: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or _named(),
+        "commit": _named() or _git("rev-parse", "HEAD"),
         # Earlier results lie in the tree; they are not a change of what is measured.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "dirty": not _named() and bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "cpu": devices["cpu"],
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -47,7 +47,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _named() -> str | None:
-    """Return the commit that the caller says a copy of the tree without .git is of."""
+    """Return the commit that the caller says the tree is a copy of: its .git may be another's."""
     return os.environ.get("PEFT_KERNELS_COMMIT") or os.environ.get("COMMIT") or None
 
 

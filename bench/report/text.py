@@ -60,7 +60,7 @@ def predicted_ms(row: Row) -> float | None:
 
 def _rows(content: Mapping[str, Any], group: str) -> list[Row]:
     chosen = [row for row in content["rows"] if row["item"].startswith(f"{group} ")]
-    return [row_of({k: v for k, v in row.items() if k != "item"}) for row in chosen]
+    return [row_of(row) for row in chosen]
 
 
 def _where(row: Row) -> str:

@@ -143,6 +143,7 @@ def _gradient_tile(
             single._aligned(dy, each.weight.t()) for dy, each in zip(dys, projections, strict=True)
         ),
         one_layout([each.weight for each in projections]),
+        x.shape[0] * x.shape[1] * sum(each.weight.shape[0] for each in projections),
     )
 
 

@@ -15,7 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_kernels.core.device import keep_mask, last_to_arrive, multiply, multiply_add
+from peft_kernels.core.device import (
+    grouped_tile,
+    keep_mask,
+    last_to_arrive,
+    multiply,
+    multiply_add,
+)
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
     edge_block,
@@ -33,6 +39,8 @@ from peft_kernels.prefix.score_kernels import (
     power_of_two,
     tanh,
 )
+
+_PAIRS_AT_A_TIME = tl.constexpr(64)
 
 
 @triton.jit
@@ -118,8 +126,11 @@ def _prefix_key_gradient_kernel(
     """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
     tiles = tl.cdiv(T, BLOCK_N)
-    pair = tl.program_id(0) // tiles
-    n = (tl.program_id(0) % tiles) * BLOCK_N
+    # Under a causal mask the first keys are seen by the most rows: of some pairs of batch row and
+    # head, as many as the cache has room for, they start first.
+    pairs = tl.num_programs(0) // tiles
+    pair, tile_n = grouped_tile(tl.program_id(0), pairs, tiles, _PAIRS_AT_A_TIME)
+    n = tile_n * BLOCK_N
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     key = n + tl.arange(0, BLOCK_N)
     exists = key < T

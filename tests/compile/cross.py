@@ -121,13 +121,14 @@ def _inner_spills(sass: str, matrix: str) -> int:
             loop[0] <= at <= loop[1] and re.search(pattern, text) is not None for at, text in code
         )
 
+    around = [loop for loop in loops if count(loop, matrix)]
+    # A loop around another may jump back into the middle of that: the shorter one is the inner.
     inner = [
         loop
-        for loop in loops
-        if count(loop, matrix)
-        and not any(
-            loop[0] <= other[0] and other[1] <= loop[1] and other != loop and count(other, matrix)
-            for other in loops
+        for loop in around
+        if not any(
+            other[0] <= loop[1] and loop[0] <= other[1] and other[1] - other[0] < loop[1] - loop[0]
+            for other in around
         )
     ]
     return max((count(loop, r"\b(?:STL|LDL)\b") for loop in inner), default=0)

@@ -79,7 +79,7 @@ def test_the_table_of_variables_has_every_one_of_ours_and_no_other() -> None:
 
 def test_the_table_of_variables_has_all_that_package_build_and_report_read() -> None:
     files = [*(ROOT / "peft_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.py")]
-    files += [ROOT / "setup.py", ROOT / "bench" / "gpu_report.py"]
+    files += [ROOT / "setup.py", ROOT / "bench" / "gpu_report.py", ROOT / "bench" / "store.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     read = set(re.findall(r'os\.environ(?:\.get\(|\[)\s*"([A-Z_]+)"', text))
     read |= set(re.findall(r'_DEMAND: Any = "([A-Z_]+)"', text))
