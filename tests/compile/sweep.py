@@ -27,7 +27,9 @@ from tests.compile import (
 )
 from tests.compile.cross import Report, compile_for
 
-METHODS = ("lora", "projections", "adapter", "prefix", "prefix-complete")
+METHODS = (
+    "lora", "projections", "adapter", "adapter-complete", "prefix", "prefix-complete",
+)  # fmt: skip
 # Direction and dropout (0 none, 1 on x, 2 on the result) of the launches of each shape class.
 _LAUNCHES = {
     "decode": (("forward", 0), ("forward", 1), ("backward", 0)),
@@ -188,10 +190,15 @@ def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
         yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
 
 
-def _adapters(family: str, dtype: str) -> Iterator[Case]:
+def _adapters(family: str, dtype: str, complete: bool) -> Iterator[Case]:
+    """Yield every tile, ``complete`` in every form, else in one, another from family to family."""
     width = "fp32" if dtype == "fp32" else "16bit"
-    for shape_class, direction, block, tile in adapter_tiles.adapter_cases(family, width):
+    turn = tiles.FAMILIES.index(family) + (dtype == "fp32")
+    held = adapter_tiles.adapter_cases(family, width)
+    for number, (shape_class, direction, block, tile) in enumerate(held):
         forms = list(_ADAPTERS if shape_class != "ragged" else _RAGGED_ADAPTERS)
+        if not complete:
+            forms = [forms[(number + turn) % len(forms)]]
         if (family, dtype, shape_class, block) == ("sm_90", "bf16", "many", 64):
             forms += [{"activation": activation} for activation in activations.NAMES]
         for options in forms:
@@ -221,14 +228,15 @@ def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
 def cases(family: str, dtype: str, method: str) -> list[Case]:
     """Return the cases of a family, of "bf16", "fp16" or "fp32", and of one of ``METHODS``.
 
-    These are all there are, but for "prefix": "prefix-complete" has them.
+    These are all there are, but for "prefix" and "adapter", of which "-complete" has them.
     """
     if method.startswith("prefix"):
         return list(_prefixes(family, dtype, method == "prefix-complete"))
     if method == "projections":
         return list(_projections(family, dtype))
-    if method == "adapter":
-        return [*_adapter_reductions(family, dtype), *_adapters(family, dtype)]
+    if method.startswith("adapter"):
+        complete = method == "adapter-complete"
+        return [*_adapter_reductions(family, dtype), *_adapters(family, dtype, complete)]
     return [*_products(family, dtype), *_low_ranks(dtype), *_reductions(family, dtype)]
 
 

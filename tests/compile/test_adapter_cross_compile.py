@@ -1,4 +1,8 @@
-"""Every adapter kernel and tile compiles for six GPU families, as LoRA's do."""
+"""Every adapter kernel and tile compiles for six GPU families, as LoRA's do.
+
+Each tile in one of its forms; all of them: ``python -m tests.compile.sweep sm_90 bf16 --method
+adapter-complete``.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +49,18 @@ def test_every_activation_compiles() -> None:
     from peft_kernels.adapter.activations import NAMES
 
     assert all(any(f"activation={name}" in case for case in names) for name in NAMES)
+
+
+def test_every_form_is_compiled_for_some_family() -> None:
+    from tests.compile.sweep import cases
+
+    names = [
+        case.name
+        for family in tiles.FAMILIES
+        for dtype in ("bf16", "fp32")
+        for case in cases(family, dtype, "adapter")
+    ]
+    for family in tiles.FAMILIES:
+        whole = [case.name for case in cases(family, "bf16", "adapter-complete")]
+        forms = {name.partition("stages")[2] for name in whole if name.startswith("adapter many")}
+        assert forms and all(any(name.endswith(form) for name in names) for form in forms)
