@@ -1,8 +1,8 @@
 """Writes the measured figures into README.md, from a file that ``bench.run`` wrote.
 
-``python -m bench.readme RESULT.json`` replaces what stands between the two markers; no figure in
-README is typed by hand. A row that was not timed shows a dash; a method that was not measured shows
-nothing.
+``python -m bench.readme RESULT.json`` replaces what stands between the two markers, from that file
+and the committed rows of the GPU; no figure there is typed by hand. A row that was not timed shows
+a dash; a method that was not measured shows nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bench.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+ON_GPU = ROOT / "bench" / "results" / "h200"
 BEGIN, END = "<!-- figures of {source} -->", "<!-- end of figures -->"
 
 
@@ -34,7 +35,7 @@ def section(source: Path) -> str:
         if rows[name]:
             shown = _over_frozen if method.frozen else _over_eager
             parts += [shown(method, rows[name]), _words(method, rows[name])]
-    parts.append(_missed(content["figures"]))
+    parts += [_missed(content["figures"]), on_gpu(ON_GPU)]
     return "\n".join([begin, "", "\n\n".join(filter(None, parts)), "", END])
 
 
@@ -162,6 +163,27 @@ def _missed(figures: list[dict[str, Any]]) -> str:
                 f"{each['value']:.3f} ({each['detail']})."
             )
     return "\n".join(lines)
+
+
+def on_gpu(folder: Path) -> str:
+    """Return how many times faster than eager the committed rows of a GPU are, a line a case."""
+    content = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    machine, found = content["machine"], _found(content["rows"])
+    body = []
+    for name in dict.fromkeys(row["case"]["name"] for row in content["rows"]):
+        ours = [found.get((name, direction, OURS)) for direction in DIRECTIONS]
+        if any(row is None or row["timing"] is None for row in ours):
+            continue
+        cells = [_cell(row, "ratio_eager", faster=True) for row in ours]
+        commits = dict.fromkeys(str(row["commit"]) for row in ours if row)
+        body.append([name, *cells, ", ".join(commits)])
+    said = (
+        f"Measured on an {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}: "
+        f"least device time of eager over ours, bfloat16, with the commit of each row. "
+        f"[All baselines and what else ran there]({folder.relative_to(ROOT)}/README.md)."
+    )
+    header = ["case", *DIRECTIONS, "commit"]
+    return f"{said}\n\n{table(header, 3, body)}"
 
 
 def source_of(text: str) -> Path:
