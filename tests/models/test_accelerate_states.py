@@ -59,7 +59,7 @@ def test_several_active_adapters_add_up(fused_calls: list[float]) -> None:
     assert len(fused_calls) == 2
 
 
-def test_disabled_merged_and_mixed_batches_run_pefts_forward(fused_calls: list[float]) -> None:
+def test_disabled_and_merged_layers_run_pefts_forward(fused_calls: list[float]) -> None:
     model, plain = pair(lora_config())
     accelerate(model)
     model.eval(), plain.eval()
@@ -67,12 +67,6 @@ def test_disabled_merged_and_mixed_batches_run_pefts_forward(fused_calls: list[f
     with torch.no_grad():
         with model.disable_adapter(), plain.disable_adapter():
             assert torch.equal(model(ids).logits, plain(ids).logits)
-        for each in (model, plain):
-            torch.manual_seed(5)
-            each.add_adapter("other", lora_config(r=3))
-        names = ["other", "__base__"]
-        mixed = [each(ids, adapter_names=names).logits for each in (model, plain)]
-        assert torch.equal(*mixed)
         model.merge_adapter(), plain.merge_adapter()
         assert torch.equal(model(ids).logits, plain(ids).logits)
         assert not fused_calls
@@ -82,6 +76,45 @@ def test_disabled_merged_and_mixed_batches_run_pefts_forward(fused_calls: list[f
         merged = model.merge_and_unload(), plain.merge_and_unload()
         assert torch.equal(merged[0](ids).logits, merged[1](ids).logits)
     assert not any(isinstance(each, peft_lora.FusedLinear) for each in merged[0].modules())
+
+
+def test_rows_of_a_batch_name_their_adapters(fused_calls: list[float]) -> None:
+    model, plain = pair(lora_config(target_modules=["q_proj", "v_proj"]))
+    accelerate(model)
+    for each in (model, plain):
+        torch.manual_seed(5)
+        each.add_adapter("other", lora_config(r=3, target_modules=["q_proj"]))
+        each.eval()
+    ids = torch.cat([tokens(), tokens()])[:4]
+    for names, calls in (
+        (["other", "__base__", "default", "other"], 3 * 2),  # v_proj has no "other"
+        (["default"] * 4, 2 * 2),
+        (["__base__"] * 4, 0),
+    ):
+        fused_calls.clear()
+        found = [each(ids, adapter_names=names).logits for each in (model, plain)]
+        torch.testing.assert_close(*found, rtol=2e-5, atol=2e-6)
+        assert len(fused_calls) == calls
+    gradients = []
+    for each in (model, plain):
+        each(ids, adapter_names=["other", "default", "__base__", "default"]).logits.sum().backward()
+        gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name], rtol=2e-4, atol=2e-6)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(ids, adapter_names=["default"])
+
+
+def test_a_mixed_batch_with_hooks_on_a_factor_runs_pefts_forward(fused_calls: list[float]) -> None:
+    model, plain = pair(lora_config(target_modules=["q_proj"]))
+    accelerate(model)
+    for layer in (each for each in model.modules() if isinstance(each, peft_lora.FusedLinear)):
+        layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    names = ["default", "__base__"]
+    found = [each.eval()(tokens(), adapter_names=names).logits for each in (model, plain)]
+    torch.testing.assert_close(*found)
+    assert not fused_calls
 
 
 def test_saved_and_loaded_as_pefts(tmp_path: Path) -> None:

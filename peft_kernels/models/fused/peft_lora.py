@@ -81,6 +81,41 @@ class FusedLinear(lora.Linear):
             y = y + up(low) * self.scaling[name]
         return y.to(dtype) if others else y
 
+    def _mixed_batch_forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
+        """Return y of a batch whose rows name their adapters, by one kernel call for each.
+
+        peft's forward calls it, with what it has checked. Rows of "__base__", or of an adapter that
+        this layer does not have, are the base layer's alone.
+        """
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(adapter_names):
+            places.setdefault(name, []).append(place)
+        known: Any = self.lora_A
+        adapted = [name for name in places if name in known]
+        plain = not args and all(value is None for value in kwargs.values())
+        if not plain or not all(n not in self.lora_variant and self._fits(n) for n in adapted):
+            mixed: Tensor = super()._mixed_batch_forward(
+                x, *args, adapter_names=adapter_names, **kwargs
+            )
+            return mixed
+        parts = []
+        for name, rows in places.items():
+            part = x[rows]
+            if name in adapted:
+                given = self._arguments(name)
+                y = lora_linear(
+                    part, given.weight, given.lora_a, given.lora_b, given.bias,
+                    scale=given.scale, dropout_p=given.dropout_p,
+                )  # fmt: skip
+                parts.append(y)
+            else:
+                parts.append(self.base_layer(part))
+        order = [row for rows in places.values() for row in rows]
+        where = torch.tensor(order, device=x.device).argsort()
+        return torch.cat(parts).index_select(0, where)
+
     def projection(self, x: Tensor) -> Projection | None:
         """Return what the kernel is given beside x, None where it does not serve the whole call.
 
@@ -132,51 +167,56 @@ class FusedLinear(lora.Linear):
         """Return the adapters to apply by the kernel, none where peft's forward must run.
 
         That is so while the layer is disabled or merged, where a call brings arguments of its own
-        (several adapters in one batch), where an adapter is a variant of LoRA (but for DoRA as
-        the first one: a later one acts on the sum of those before), where hooks are waiting on a
-        module whose weight would be read without calling it (offloading, FSDP on the factors,
-        ZeRO), and where parameters are sharded or narrower than the base's.
+        (of several adapters in one batch: ``_mixed_batch_forward``), where an adapter is a variant
+        of LoRA (but for DoRA as the first one: a later one acts on the sum of those before), where
+        hooks are waiting on a module whose weight would be read without calling it (offloading,
+        FSDP on the factors, ZeRO), and where parameters are sharded or narrower than the base's.
         """
         if self._disable_adapters or self.merged_adapters or args:
             return []
         if kwargs and any(value is not None for value in kwargs.values()):
             return []
+        variants = self.lora_variant
+        known: Any = self._modules["lora_A"]
+        names = [name for name in self.active_adapters if name in known._modules]
+        if not names or (variants and variants.keys() & set(names[1:])):
+            return []
+        return names if self._fits(names[0]) else []
+
+    def _fits(self, name: str) -> bool:
+        """Return whether the kernel may be given the parameters of an adapter and of the base."""
         submodules, variants = self._modules, self.lora_variant
         base: Any = submodules["base_layer"]
-        known: Any = submodules["lora_A"]
-        names = [name for name in self.active_adapters if name in known._modules]
-        if not names or type(base) not in _BASES:
-            return []
-        if variants and variants.keys() & set(names[1:]):
-            return []
-        down, up = self._factors(names[0])
-        dropout = _named(submodules["lora_dropout"], names[0])
+        if type(base) not in _BASES:
+            return False
+        down, up = self._factors(name)
+        dropout = _named(submodules["lora_dropout"], name)
         if type(dropout) not in (nn.Identity, nn.Dropout):
-            return []
+            return False
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
-            return []
+            return False
         modules = [base, down, up, dropout]
         factors = [_parameter(down, "weight"), _parameter(up, "weight")]
-        if names[0] in variants:
-            magnitude = self._magnitude(names[0])
+        if name in variants:
+            magnitude = self._magnitude(name)
             if magnitude is None:
-                return []
+                return False
             modules.append(magnitude)
             factors.append(magnitude.weight)
         for module in modules:
             if hooked(module):
-                return []
+                return False
         weight = _parameter(base, "weight")
         if type(weight) not in _PLAIN_TENSORS:
-            return []
+            return False
         device, dtype = weight.device, weight.dtype
         for factor in factors:
             if type(factor) not in _PLAIN_TENSORS or factor.device != device:
-                return []
+                return False
             own = factor.dtype
             if own is not dtype and torch.promote_types(own, dtype) is not own:
-                return []
-        return names
+                return False
+        return True
 
     def _magnitude(self, name: str) -> Any:
         """Return what holds the magnitude of an adapter that is a plain DoRA, else None."""
