@@ -15,7 +15,7 @@ from bench.methods import METHODS
 from bench.report.stage import Stage
 from bench.report.text import timing_text
 
-SECONDS = {"lora": 240.0, "adapter": 180.0, "prefix": 240.0, "prompt": 120.0}
+SECONDS = {"lora": 240.0, "adapter": 180.0, "prefix": 360.0, "prompt": 120.0}
 OTHERS_S, DRY_SECONDS = 240.0, 150.0
 LEAST_S = 15.0  # no process is started for less
 NAMES = tuple(METHODS)
