@@ -24,6 +24,8 @@ _KNOWN = {
     "sliding_window_bidirectional_overlay",
     "packed_sequence_mask_function",
 }
+# Those that capture nothing: their names tell all, also to torch.compile, which sees no closures.
+_PLAIN = ("causal_mask_function", "bidirectional_mask_function")
 _COMBINING = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
 
@@ -118,6 +120,9 @@ def _parts(mask_function: Callable[..., Any] | None) -> Iterator[tuple[str, dict
         ValueError: one of them has no kernel.
     """
     if mask_function is None:
+        return
+    if getattr(mask_function, "__name__", None) in _PLAIN:
+        yield mask_function.__name__, {}
         return
     name = getattr(mask_function, "__qualname__", repr(mask_function)).split(".")[0]
     captured = (
