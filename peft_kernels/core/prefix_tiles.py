@@ -162,7 +162,10 @@ def variant(device: torch.device, queries: int) -> str:
     if FORCED.current is not None:
         return "split" if FORCED.current == "split" else "fused"
     name = "cpu" if device.type == "cpu" else tiles.family(device)
-    least = overrides.entry(name, "limits", "split_from", "queries", SPLIT_FROM[name])
+    least, state = SPLIT_FROM[name], overrides.STATE
+    # Every call comes by here: where nothing overrules, without another call.
+    if state.forced is not None or state.file is None or state.file.entries:
+        least = overrides.entry(name, "limits", "split_from", "queries", least)
     return "fused" if least is None or queries < least else "split"
 
 
