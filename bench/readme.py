@@ -180,7 +180,7 @@ def on_gpu(folder: Path) -> str:
     said = (
         f"Measured on an {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}: "
         f"least device time of eager over ours, bfloat16, with the commit of each row. "
-        f"[All baselines and what else ran there]({folder.relative_to(ROOT)}/README.md)."
+        f"[All baselines and what else ran there](bench/results/{folder.name}/README.md)."
     )
     header = ["case", *DIRECTIONS, "commit"]
     return f"{said}\n\n{table(header, 3, body)}"

@@ -172,6 +172,7 @@ def main() -> None:
         model = distribute(adapted_model(given, device), given.parallel, device)
         train(model, given, device)
         save(model, given)
+        dist.barrier()  # Who leaves while the first rank writes tears connections down under it.
     finally:
         dist.destroy_process_group()
 

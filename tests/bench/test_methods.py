@@ -186,8 +186,9 @@ def test_readme_of_a_file_with_lora_alone_speaks_of_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [timed_row(case, BOTH, 1.0, 1.0) for case in METHODS["lora"].of_suite(CPU)]
-    text = _section(rows, tmp_path, monkeypatch)
+    text, on_gpu = _section(rows, tmp_path, monkeypatch).split("Measured on an NVIDIA")
     assert "frozen `nn.Linear`" in text and "dapter" not in text and "rompt" not in text
+    assert "adapter" in on_gpu
 
 
 def test_one_more_method_is_measured_shown_and_read_back(
