@@ -12,6 +12,7 @@ first rank writes the adapter as peft writes one: ``PeftModel.from_pretrained(ba
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -164,15 +165,22 @@ def save(model: nn.Module, given: argparse.Namespace) -> None:
     print(f"wrote {given.out}: {len(tensors)} tensors", flush=True)
 
 
-def main() -> None:
+def adapt(given: argparse.Namespace, device: torch.device) -> None:
     """Adapt, distribute, train, save."""
+    model = distribute(adapted_model(given, device), given.parallel, device)
+    train(model, given, device)
+    save(model, given)
+    dist.barrier()  # Who left while the first rank writes would tear connections down under it.
+
+
+def main() -> None:
+    """Do it, and leave nothing to the threads of the process group when the interpreter ends."""
     given = options()
     device = start_process_group()
     try:
-        model = distribute(adapted_model(given, device), given.parallel, device)
-        train(model, given, device)
-        save(model, given)
-        dist.barrier()  # Who leaves while the first rank writes tears connections down under it.
+        adapt(given, device)
+        # A thread of the group that frees what collectives hold when Python ends would abort.
+        gc.collect()
     finally:
         dist.destroy_process_group()
 
