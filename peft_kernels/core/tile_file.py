@@ -29,11 +29,7 @@ from peft_kernels.core.prefix_tiles import PrefixTile
 from peft_kernels.core.tiles import ReductionTile
 
 WIDTHS = {"16bit": 2, "fp32": 4}  # bytes of an element
-# Shared memory that one program may have, KiB.
-SHARED_LIMIT_KIB = {
-    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
-    tiles.INTERPRETED: 227,
-}  # fmt: skip
+SHARED_LIMIT_KIB = tiles.SHARED_LIMIT_KIB | {tiles.INTERPRETED: 227}
 _CLASSES = tuple(
     name + suffix
     for name in ("decode", "small", "large", "dropped", "backward", "masked")

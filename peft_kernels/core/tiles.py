@@ -17,6 +17,10 @@ from peft_kernels.core import overrides, triton_runtime
 FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # What stands for a family where Triton interprets kernels, on CPU tensors.
 INTERPRETED = "interpreted"
+# Shared memory that one program may have, KiB.
+SHARED_LIMIT_KIB = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Shared memory that one program may have, KiB.
-SHARED_LIMIT_KIB = {
-    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
-}  # fmt: skip
+from peft_kernels.core.tiles import SHARED_LIMIT_KIB
+
 TMEM_COLUMNS = 512
 
 

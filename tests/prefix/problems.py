@@ -59,6 +59,43 @@ class Problem:
         }
 
 
+def laid_out(given: Problem, layout: str) -> tuple[Problem, Problem]:
+    """Return a problem with other strides, and the same one without them.
+
+    Args:
+        given: whose operands of at least three dimensions are laid out.
+        layout: "heads last", "slices" of wider rows, "expanded" over the batch, "one sample" (a
+            single index has an odd stride), or "shifted" by one element.
+    """
+
+    def arranged(t: Tensor) -> Tensor:
+        if t.dim() < 3:
+            return t
+        if layout == "heads last":
+            return t.transpose(-3, -2).contiguous().transpose(-3, -2)
+        if layout == "slices":
+            return torch.cat([torch.full_like(t, float("nan")), t], -1)[..., t.shape[-1] :]
+        if layout == "one sample":
+            pairs = zip(t.shape, t.stride(), strict=True)
+            return t.as_strided(t.shape, [7 if n == 1 else stride for n, stride in pairs])
+        if layout == "shifted":
+            return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+        assert layout == "expanded"
+        return t[:1].expand_as(t)
+
+    strided = replace(
+        given,
+        tensors={name: arranged(t) for name, t in given.tensors.items()},
+        dout=arranged(given.dout),
+    )
+    packed = replace(
+        given,
+        tensors={name: t.contiguous() for name, t in strided.tensors.items()},
+        dout=strided.dout.contiguous(),
+    )
+    return strided, packed
+
+
 def problem(
     batch: int = 2,
     heads: int = 4,

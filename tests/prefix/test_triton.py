@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_kernels import explain, prefix_attention
 from peft_kernels.core import triton_runtime
 from tests.prefix import problems
-from tests.prefix.problems import Problem, check, fused, keep_masks, results
+from tests.prefix.problems import Problem, check, fused, keep_masks, laid_out, results
 
 pytestmark = [
     pytest.mark.skipif(
@@ -34,6 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "everything ragged": {"queries": 21, "keys": 37, "prefix": 5, "size": 20},
     "aligned": {"queries": 16, "keys": 32, "prefix": 16, "size": 16},
     "one of everything": {"batch": 4, "heads": 3, "queries": 1, "keys": 1, "prefix": 1},
+    "more pairs than start together": {"batch": 66, "heads": 1, "queries": 3, "keys": 17},
     "multi-head": {"batch": 2, "kv_heads": 2, "queries": 18, "keys": 18, "causal": True},
     "grouped": {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 18, "keys": 18, "causal": True},
     "causal": {"queries": 37, "keys": 37, "causal": True},
@@ -323,27 +324,7 @@ def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("layout", ["heads last", "slices", "expanded"])
 def test_strides_change_no_bit(layout: str) -> None:
-    given = problem(**RICH, gated=True)
-
-    def arranged(t: Tensor) -> Tensor:
-        if t.dim() < 3:
-            return t
-        if layout == "heads last":
-            return t.transpose(-3, -2).contiguous().transpose(-3, -2)
-        if layout == "slices":
-            return torch.cat([torch.full_like(t, float("nan")), t], -1)[..., t.shape[-1] :]
-        return t[:1].expand_as(t)
-
-    strided = replace(
-        given,
-        tensors={name: arranged(t) for name, t in given.tensors.items()},
-        dout=arranged(given.dout),
-    )
-    packed = replace(
-        given,
-        tensors={name: t.contiguous() for name, t in strided.tensors.items()},
-        dout=strided.dout.contiguous(),
-    )
+    strided, packed = laid_out(problem(**RICH, gated=True), layout)
     assert strided.query.stride() != packed.query.stride()
     found, expected = _run(strided), _run(packed)
     assert all(torch.equal(found[name], expected[name]) for name in found)
