@@ -95,6 +95,8 @@ def test_rows_of_a_batch_name_their_adapters(fused_calls: list[float]) -> None:
         found = [each(ids, adapter_names=names).logits for each in (model, plain)]
         torch.testing.assert_close(*found, rtol=2e-5, atol=2e-6)
         assert len(fused_calls) == calls
+    layer = next(each for each in model.modules() if isinstance(each, peft_lora.FusedLinear))
+    assert layer(torch.ones(0, 3, layer.in_features), adapter_names=[]).shape[:2] == (0, 3)
     gradients = []
     for each in (model, plain):
         each(ids, adapter_names=["other", "default", "__base__", "default"]).logits.sum().backward()

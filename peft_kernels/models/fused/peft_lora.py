@@ -94,7 +94,7 @@ class FusedLinear(lora.Linear):
             places.setdefault(name, []).append(place)
         known: Any = self.lora_A
         adapted = [name for name in places if name in known]
-        plain = not args and all(value is None for value in kwargs.values())
+        plain = adapted and not args and all(value is None for value in kwargs.values())
         if not plain or not all(n not in self.lora_variant and self._fits(n) for n in adapted):
             mixed: Tensor = super()._mixed_batch_forward(
                 x, *args, adapter_names=adapter_names, **kwargs
