@@ -48,8 +48,8 @@ class _Tape:
         self.launches: list[tuple[Any, Callable[[list[Any]], Any]]] = []
         self._bytes = 0  # of all temporaries together
         self._offsets: list[int] = []
-        # Of a descriptor: place of its tensor, class, and all that does not change with that.
-        self._descriptors: list[tuple[int, Any, dict[str, Any]]] = []
+        # Of a descriptor: kind, place and dtype of its tensor, class, and all that does not change.
+        self._descriptors: list[tuple[str, int, torch.dtype, Any, dict[str, Any]]] = []
         self._constants: list[Any] = []
         self._inputs = {t.data_ptr(): place for place, t in reversed(list(enumerate(tensors)))}
         self._count = len(tensors)
@@ -80,10 +80,10 @@ class _Tape:
             base = getattr(value, "base", None)  # of a tensor descriptor
             if isinstance(base, Tensor):
                 kind, place = self._place(base.data_ptr())
-                self.complete &= kind == "input"
+                self.complete &= kind in ("input", "temporary")
                 fields = {name: held for name, held in vars(value).items() if name != "base"}
                 recorded.append(("descriptor", len(self._descriptors)))
-                self._descriptors.append((place, value.__class__, fields))
+                self._descriptors.append((kind, place, base.dtype, value.__class__, fields))
             elif isinstance(value, Tensor) and value.data_ptr():
                 recorded.append(self._place(value.data_ptr()))
                 self.complete &= recorded[-1][0] != "constant"
@@ -130,15 +130,28 @@ class _Tape:
         if self.counters:
             buffer = triton_runtime.counters(device, self.counters)
             pool.append(buffer.data_ptr())
-        for place, kind, fields in self._descriptors:
+        for kind, place, dtype, form, fields in self._descriptors:
+            given = kind == "input"
+            base = tensors[place] if given else _Temporary(pool[self._count + place], dtype)
             # What its constructor would check follows from the key of the tape.
-            descriptor = object.__new__(kind)
-            descriptor.__dict__.update(fields, base=tensors[place])
+            descriptor = object.__new__(form)
+            descriptor.__dict__.update(fields, base=base)
             pool.append(descriptor)
         pool += self._constants
         stream = _driver().active.get_current_stream(device.index or 0)
         for run, arguments in self.launches:
             run(*arguments(pool), stream=stream)
+
+
+class _Temporary:
+    """What a launch asks of a descriptor's tensor, of one that is a part of a block."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 def _picking(places: Sequence[int]) -> Callable[[list[Any]], Any]:

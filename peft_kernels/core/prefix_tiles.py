@@ -68,7 +68,7 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
     "16bit": {
         "sm_80": {
             "forward": "128x64x8x3 128x32x8x2  64x32x4x2 64x32x4x2  64x32x8x2 64x32x8x2",
-            "query": "128x32x8x2 64x32x4x2  64x32x8x2 32x32x8x2  16x32x4x2 32x32x8x2",
+            "query": "128x32x8x2 64x32x4x2  64x32x8x2 32x32x8x2  16x32x4x2/200 32x32x8x2",
             "key": "32x128x8x2 32x32x4x2  32x64x8x2 32x64x8x2  32x32x8x2 32x32x8x2",
             "prefix": "64x128x8x2 32x128x8x2  64x64x8x2 32x64x8x2  32x32x8x2 32x32x8x2",
         },
@@ -102,7 +102,7 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
             "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",
             "query": "64x32x8x2 32x32x8x2  32x32x8x2 16x32x4x2",
             "key": "32x32x4x2 32x32x4x2  32x32x8x2 32x32x8x2",
-            "prefix": "32x128x8x2 32x32x8x2  64x64x8x2 32x32x8x2",
+            "prefix": "32x128x8x2 32x32x8x2  64x64x8x2 16x32x4x2",
         },
         "sm_86": {
             "forward": "128x64x8x3 128x32x8x2  32x32x4x2 16x16x4x2",

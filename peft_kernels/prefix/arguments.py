@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,11 @@ class Call:
             return batch * kv_heads * triton.cdiv(self.group * queries, tile.block_m)
         return batch * heads * triton.cdiv(queries, tile.block_m)
 
-    def prefix_block(self, tile: PrefixTile) -> int:
-        """Return how many prefix keys are taken at a time: no more than there are, 0 of none."""
-        return prefix_tiles.prefix_block(self.prefix_key.shape[2], tile)
+    def prefix_blocks(self, tile: PrefixTile) -> dict[str, Any]:
+        """Return how many prefix keys are taken at a time, and whether some do not fill that."""
+        length = self.prefix_key.shape[2]
+        block = prefix_tiles.prefix_block(length, tile)
+        return {"BLOCK_P": block, "RAGGED_P": block > 0 and length % block != 0}
 
     def common(self, scale: float, dropout_p: float) -> dict[str, Any]:
         """Return what every launch but the gate's takes."""
@@ -153,30 +156,44 @@ class Call:
             return {}
         width = prefix_tiles.head_block(self.query.shape[3])
         k, v = (descriptor(each, tile.block_n, width) for each in (self.key, self.value))
-        rows = self.prefix_block(tile)
+        rows = prefix_tiles.prefix_block(self.prefix_key.shape[2], tile)
         prefix = (self.prefix_key, self.prefix_value)
         pk, pv = (descriptor(each, rows, width) for each in prefix) if rows else (k, v)
         return {"k_ptr": k, "v_ptr": v, "prefix_k_ptr": pk, "prefix_v_ptr": pv}
 
-    def streamed_rows(self, tile: PrefixTile, dout: Tensor) -> dict[str, Any]:
-        """Return descriptors of queries and dout, nothing for a tile without TMA."""
+    def streamed_rows(
+        self, tile: PrefixTile, dout: Tensor, lse: Tensor, delta: Tensor
+    ) -> dict[str, Any]:
+        """Return queries, dout, lse and delta, as descriptors where the tile is by TMA.
+
+        Each row's numbers can be described where those of a head start at multiples of 16 bytes.
+        """
+        rows = self.query.shape[2] * (self.group if self.fold(tile) else 1)
+        given = {"lse_ptr": lse, "delta_ptr": delta, "LSE_TMA": False}
+        given["RAGGED"] = rows % tile.block_m != 0
         if not tile.tma:
-            return {}
+            return given
         width = prefix_tiles.head_block(self.query.shape[3])
         q, do = (descriptor(each, tile.block_m, width) for each in (self.query, dout))
-        return {"q_ptr": q, "dout_ptr": do}
+        by_head = [each.view(-1, each.shape[2]) for each in (lse, delta)]
+        if all(_aligned(each, each.stride()[:1]) for each in by_head):
+            lse, delta = (TensorDescriptor.from_tensor(t, [1, tile.block_m]) for t in by_head)
+            given |= {"lse_ptr": lse, "delta_ptr": delta, "LSE_TMA": True}
+        return given | {"q_ptr": q, "dout_ptr": do}
 
 
 def _describable(t: Tensor) -> bool:
-    """Return whether a tensor descriptor may name ``t`` [b, h, n, d]: the rules of TMA.
+    """Return whether a tensor descriptor may name ``t`` [b, h, n, d]."""
+    pitches = [s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1][:-1]
+    return t.numel() > 0 and t.stride(3) == 1 and _aligned(t, pitches)
 
-    There is something; strides and the address are multiples of 16 bytes, and no stride is 0.
-    """
-    if not t.numel() or t.stride(3) != 1 or t.data_ptr() % 16:
-        return False
+
+def _aligned(t: Tensor, pitches: Sequence[int]) -> bool:
+    """Return whether TMA can address ``t``: by multiples of 16 bytes, and no pitch of 0."""
     size = t.element_size()
-    pitches = [s * size for n, s in zip(t.shape, t.stride(), strict=True) if n > 1][:-1]
-    return all(0 < pitch < 1 << 40 and pitch % 16 == 0 for pitch in pitches)
+    return t.data_ptr() % 16 == 0 and all(
+        0 < pitch * size < 1 << 40 and pitch * size % 16 == 0 for pitch in pitches
+    )
 
 
 def descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:

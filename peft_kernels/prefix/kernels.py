@@ -85,7 +85,7 @@ def _attend(
 def _normaliser(
     q, k_ptr, stride_kn, batch, kv_head, blocks, stop, score_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (row_max, row_sum) of the scores over the prefix."""
     offs = tl.arange(0, BLOCK_N)
@@ -93,8 +93,8 @@ def _normaliser(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for index in range(blocks):
         n = index * BLOCK_N
-        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
-        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, True, False, False, PRECISION)
+        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
+        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, MASK, False, False, PRECISION)
         new_max = tl.maximum(row_max, tl.max(s, axis=1) * score_scale)
         p = exponential(s * score_scale - new_max[:, None], q)
         row_sum = row_sum * exponential(row_max - new_max, q) + tl.sum(p, axis=1)
@@ -106,7 +106,7 @@ def _normaliser(
 def _add_gated(
     acc, factor, row_max, q, k_ptr, v_ptr, stride_kn, stride_vn, batch, kv_head, blocks, stop,
     seed_ptr, rows, groups, drop_threshold, score_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return acc + factor · e^(s - row_max) V_prefix, the factor one number for each row.
@@ -119,14 +119,14 @@ def _add_gated(
     factor = factor * (1.0 / unit)
     for index in range(blocks):
         n = index * BLOCK_N
-        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
-        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, True, False, False, PRECISION)
+        k = load_rows(k_ptr, stride_kn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
+        s = scores(q, k, n + offs, stop, 0, 0, 0, 0, MASK, False, False, PRECISION)
         p = exponential(s * score_scale - row_max[:, None], q) * factor[:, None]
         if DROPOUT:
             seed = tl.load(seed_ptr)
             keep = keep_mask(seed, rows, n // 4, groups, drop_threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = load_rows(v_ptr, stride_vn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, True, TMA)
+        v = load_rows(v_ptr, stride_vn, batch, kv_head, n, stop, BLOCK_N, D, BLOCK_D, MASK, TMA)
         acc = multiply_add(p.to(v.dtype), v, acc, PRECISION)
     return acc * unit[:, None]
 
@@ -140,13 +140,14 @@ def _prefix_forward_kernel(
     stride_mask_b, stride_mask,
     S, T, P, kv_heads, group, window, segments, steps, score_scale, inverse_keep, drop_threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-    KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    NEGATE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_P: tl.constexpr, RAGGED_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix.
 
-    TMA: keys, values and the prefix are descriptors; a prefix that is shared has a stride of 0.
+    RAGGED_P: the last block of the prefix is not full. TMA: keys, values and the prefix are
+    descriptors; a prefix that is shared has a stride of 0.
     """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
     tiles = row_tiles(S, group, BLOCK_M, FOLD)
@@ -184,7 +185,7 @@ def _prefix_forward_kernel(
             acc, row_max, row_sum, q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn,
             owner, kv_index, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last, mask_ptr, 0,
             seed_ptr, rows, 0, groups, drop_threshold, score_scale,
-            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_P, RAGGED_P, False, False, False, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
     if not KEY_MASK:
         acc, row_max, row_sum = _attend(
@@ -208,7 +209,7 @@ def _prefix_forward_kernel(
             strength = tanh(tl.load(gate_ptr + head))
             prefix_max, prefix_sum = _normaliser(
                 q, prefix_k_ptr, stride_pkn, owner, kv_index, tl.cdiv(P, BLOCK_P), P, score_scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_P, PRECISION, TMA,
+                D, BLOCK_D, BLOCK_M, BLOCK_P, RAGGED_P, PRECISION, TMA,
             )  # fmt: skip
             # Zeros would add nothing but the sign of a zero.
             open_gate = tl.max((tl.abs(strength) + prefix_sum * 0.0 > 0.0).to(tl.int32), axis=0)
@@ -217,7 +218,7 @@ def _prefix_forward_kernel(
                 q, prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn, owner, kv_index,
                 open_gate * tl.cdiv(P, BLOCK_P), P, seed_ptr, rows, groups, drop_threshold,
                 score_scale,
-                D, BLOCK_D, BLOCK_P, DROPOUT, PRECISION, TMA,
+                D, BLOCK_D, BLOCK_P, RAGGED_P, DROPOUT, PRECISION, TMA,
             )  # fmt: skip
         tl.store(prefix_lse_ptr + rows, log_sum(prefix_max, prefix_sum, q), mask=exists)
     store_block(out_ptr, acc, rows * D, exists, D, BLOCK_D)

@@ -24,17 +24,18 @@ from peft_kernels.core.device import (
 )
 from peft_kernels.prefix.rows_and_keys import (
     block_ranges,
+    carried,
     edge_block,
     load_block,
+    load_row_numbers,
     load_rows,
     row_tile,
-    row_tiles,
     seeing_queries,
     store_block,
 )
 from peft_kernels.prefix.score_kernels import (
     exponential,
-    load_lse,
+    lse_of_scores,
     negated,
     power_of_two,
     tanh,
@@ -46,24 +47,31 @@ _PAIRS_AT_A_TIME = tl.constexpr(64)
 @triton.jit
 def _add_key_gradients(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr, gate_ptr,
-    inverse_unit, stride_qh, stride_qm, stride_oh, stride_om, batch, first_head, tile, first_row,
-    S, group, first, last,
+    inverse_unit, stride_qh, stride_qm, stride_oh, stride_om, batch, first_head, heads_before,
+    head, block, S, group, first, last,
     seed_ptr, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
-    DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, DP_FIRST: tl.constexpr,
+    LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, EMPTY: tl.constexpr, GATED: tl.constexpr,
+    HAS_DLSE: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    LSE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Return (dk / scale, dv · (1 - p)) of a tile of keys after one tile of rows.
+    """Return (dk / scale, dv · (1 - p)) of a tile of keys after one block of a head's rows.
 
-    BOUNDED: a key is seen by the queries of [first, last). GATED: p times tanh(gate), whose first
-    head is at ``gate_ptr``, times ``inverse_unit``. TMA: q and dout are descriptors. DP_FIRST: both
-    products that need no exponential come before it.
+    BOUNDED: a key is seen by the queries of [first, last). EMPTY: some of them may see no key.
+    GATED: p times tanh(gate), whose first head is at ``gate_ptr``, times ``inverse_unit``. TMA: q
+    and dout are descriptors, LSE_TMA: lse and delta. LOAD_MASK: some rows may not exist; they are
+    zeros and add nothing.
     """
-    head, query, row, exists = row_tile(tile, S, group, BLOCK_M, FOLD)
-    rows = first_row + row
+    row0 = block * BLOCK_M
+    query_head = heads_before + head  # of [B · Hq]
+    first_row = query_head * S + row0  # of [B · Hq · S]
+    if FOLD:
+        head, query, _, exists = row_tile(block, S, group, BLOCK_M, FOLD)
+    else:
+        query = row0 + tl.arange(0, BLOCK_M)
+        exists = query < S
     if TMA:
-        row0 = (tile % tl.cdiv(S, BLOCK_M)) * BLOCK_M
         q = load_rows(q_ptr, 0, batch, first_head + head, row0, S, BLOCK_M, D, BLOCK_D, False, TMA)
         dout = load_rows(
             dout_ptr, 0, batch, first_head + head, row0, S, BLOCK_M, D, BLOCK_D, False, TMA
@@ -74,33 +82,42 @@ def _add_key_gradients(
         q = load_block(q_ptr, head * stride_qh + offs_q, exists, D, BLOCK_D, LOAD_MASK)
         dout = load_block(dout_ptr, head * stride_oh + offs_o, exists, D, BLOCK_D, LOAD_MASK)
     s = multiply(k, tl.trans(q), PRECISION)  # [BLOCK_N, BLOCK_M]
-    if NEED_DK and DP_FIRST:
-        dp = multiply(v, tl.trans(dout), PRECISION)
-    p = exponential(s * score_scale - load_lse(lse_ptr, rows, exists, q)[None, :], q)
+    lse = load_row_numbers(
+        lse_ptr, query_head, row0, first_row, exists, BLOCK_M, LOAD_MASK, LSE_TMA
+    )
+    p = exponential(s * score_scale - lse_of_scores(lse, q, EMPTY)[None, :], q)
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
     EXACT: tl.constexpr = q.dtype == tl.float32 and PRECISION == "ieee"
     if EXACT:
-        p *= tl.load(correction_ptr + rows, mask=exists, other=0.0)[None, :]
+        correction = load_row_numbers(
+            correction_ptr, query_head, row0, first_row, exists, BLOCK_M, LOAD_MASK, False
+        )
+        p *= correction[None, :]
     if GATED:
-        p *= (tanh(tl.load(gate_ptr + head + row * 0)) * inverse_unit)[None, :]
+        p *= (tanh(tl.load(gate_ptr + head + query * 0)) * inverse_unit)[None, :]
     kept = p
     if DROPOUT:
         seed = tl.load(seed_ptr)
+        rows = first_row + tl.arange(0, BLOCK_M)
         keep = tl.trans(keep_mask(seed, rows, column // 4, groups, drop_threshold, BLOCK_N))
         kept = tl.where(keep, p, 0.0)
     if NEED_DV:
         dv = multiply_add(kept.to(dout.dtype), dout, dv, PRECISION)
     if NEED_DK:
-        if not DP_FIRST:
-            dp = multiply(v, tl.trans(dout), PRECISION)
+        dp = multiply(v, tl.trans(dout), PRECISION)
         if DROPOUT:
             dp = tl.where(keep, dp * inverse_keep, 0.0)
-        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
+        delta = load_row_numbers(
+            delta_ptr, query_head, row0, first_row, exists, BLOCK_M, LOAD_MASK, LSE_TMA
+        )
         ds = dp - delta[None, :]
         if HAS_DLSE and EXACT:
-            ds += tl.load(dlse_ptr + rows, mask=exists, other=0.0)[None, :]
+            dlse = load_row_numbers(
+                dlse_ptr, query_head, row0, first_row, exists, BLOCK_M, LOAD_MASK, False
+            )
+            ds += dlse[None, :]
         ds *= p
         dk = multiply_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -117,14 +134,17 @@ def _prefix_key_gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr,
-    NEED_DK: tl.constexpr,
-    NEED_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    LSE_TMA: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch · key heads · key tiles,): dk and dv of the sequence.
 
-    TMA: q and dout are descriptors, and no tile holds rows of several heads.
+    TMA: q and dout are descriptors, and no tile holds rows of several heads. LSE_TMA: so are lse
+    and delta, of [B · Hq, S]. RAGGED: there are tiles of rows some of which do not exist.
     """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
+    # Without either, every query sees a key.
+    EMPTY: tl.constexpr = WINDOW or KEY_MASK
     tiles = tl.cdiv(T, BLOCK_N)
     # Under a causal mask the first keys are seen by the most rows: of some pairs of batch row and
     # head, as many as the cache has room for, they start first.
@@ -146,7 +166,7 @@ def _prefix_key_gradient_kernel(
     if not TMA:
         q_ptr += batch * stride_qb + first_head * stride_qh
         dout_ptr += batch * stride_ob + first_head * stride_oh
-    first_row = pair.to(tl.int64) * group * S
+    heads_before = pair.to(tl.int64) * group
 
     # Keys that do not exist are the last one, so that they lengthen no interval.
     first, last = seeing_queries(
@@ -162,38 +182,39 @@ def _prefix_key_gradient_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if FOLD:
-        for tile in range(tl.cdiv(group * S, BLOCK_M)):
+        for block in range(tl.cdiv(group * S, BLOCK_M)):
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
-                first_head, tile, first_row, S, group, first, last,
+                first_head, heads_before, 0, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION, TMA, False,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, EMPTY, False, HAS_DLSE,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
     else:
-        blocks = tl.cdiv(S, BLOCK_M)
-        for index in range(group * whole_blocks):
-            tile = index // whole_blocks * blocks + whole + index % whole_blocks
+        head, index = 0, 0
+        for _ in range(group * whole_blocks):
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
-                first_head, tile, first_row, S, group, first, last,
+                first_head, heads_before, head, whole + index, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION, TMA, False,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, EMPTY, False, HAS_DLSE,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
-        for index in range(group * edges):
-            block = edge_block(index % edges, start, before, whole, whole_blocks)
-            tile = index // edges * blocks + block
+            head, index = carried(head, index + 1, whole_blocks)
+        head, index = 0, 0
+        for _ in range(group * edges):
+            block = edge_block(index, start, before, whole, whole_blocks)
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, correction_ptr, dlse_ptr,
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
-                first_head, tile, first_row, S, group, first, last,
+                first_head, heads_before, head, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED, False, HAS_DLSE, DROPOUT, FOLD,
-                NEED_DK, NEED_DV, PRECISION, TMA, False,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, EMPTY, False, HAS_DLSE,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
+            head, index = carried(head, index + 1, edges)
     rows = pair.to(tl.int64) * T + key64  # of [B, Hkv, T]
     if NEED_DK:
         store_block(dk_ptr, dk * scale, rows * D, exists, D, BLOCK_D)
@@ -223,12 +244,12 @@ def _prefix_gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
     NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, LSE_TMA: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (prefix tiles, prefixes · key heads, splits); B: batch rows that share a prefix.
 
-    ``lse`` and ``delta`` are those of the softmax that the prefix takes part in. TMA: q and dout
-    are descriptors, and no tile holds rows of several heads.
+    ``lse`` and ``delta`` are those of the softmax that the prefix takes part in. TMA, LSE_TMA and
+    RAGGED: as in launch 2.
     """
     n = tl.program_id(0) * BLOCK_N
     pair = tl.program_id(1)  # of [Bp, Hkv]
@@ -249,7 +270,6 @@ def _prefix_gradient_kernel(
     groups = tl.cdiv(P, 4) + tl.cdiv(T, 4)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    tiles = row_tiles(S, group, BLOCK_M, FOLD)
     gate_ptr += kv_head * group
     unit = 1.0
     if GATED:
@@ -257,10 +277,22 @@ def _prefix_gradient_kernel(
         for head in range(group):
             strongest = tl.maximum(strongest, tl.abs(tanh(tl.load(gate_ptr + head))))
         unit = power_of_two(strongest)
-    length = tl.cdiv(B * tiles, SPLITS)
-    begin = tl.program_id(2) * length
-    for index in range(begin, tl.minimum(begin + length, B * tiles)):
-        batch = owner * B + index // tiles
+    # Blocks of a head's rows, under FOLD of all heads' rows, by head, by batch row: of SPLITS parts
+    # that differ by one block at most.
+    heads = group
+    blocks = tl.cdiv(S, BLOCK_M)
+    if FOLD:
+        heads = 1
+        blocks = tl.cdiv(group * S, BLOCK_M)
+    part, longer = B * heads * blocks // SPLITS, B * heads * blocks % SPLITS
+    split = tl.program_id(2)
+    first = split * part + tl.minimum(split, longer)
+    count = part + (split < longer).to(tl.int32)
+    sample, head, block = first // (heads * blocks), first // blocks % heads, first % blocks
+    # Of a loop that may not run, the compiler makes one that waits for every single product.
+    tl.assume(count > 0)
+    for _ in range(count):
+        batch = owner * B + sample
         if TMA:
             q_rows, dout_rows = q_ptr, dout_ptr
         else:
@@ -270,11 +302,13 @@ def _prefix_gradient_kernel(
             dk, dv, k, v, q_rows, dout_rows, lse_ptr, delta_ptr, correction_ptr,
             dlse_ptr, gate_ptr, 1.0 / unit,
             stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32), first_head,
-            index % tiles, (batch * kv_heads + kv_head) * group * S, S, group, offs_n, offs_n,
+            (batch * kv_heads + kv_head) * group, head, block, S, group, offs_n, offs_n,
             seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, False, GATED, HAS_DLSE, DROPOUT, FOLD,
-            NEED_DK, NEED_DV, PRECISION, TMA, TMA,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, False, False, GATED, HAS_DLSE,
+            DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
         )  # fmt: skip
+        head, block = carried(head, block + 1, blocks)
+        sample, head = carried(sample, head, heads)
     dk *= scale * unit
     dv *= inverse_keep * unit
 
@@ -285,11 +319,11 @@ def _prefix_gradient_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         offs_part = offs[:, None] + offs_d[None, :]
         mask = exists[:, None] & (offs_d < D)[None, :]
-        split = tl.program_id(2).to(tl.int64) * size
+        own = split.to(tl.int64) * size
         if NEED_DK:
-            tl.store(dk_part_ptr + split + offs_part, dk, mask=mask)
+            tl.store(dk_part_ptr + own + offs_part, dk, mask=mask)
         if NEED_DV:
-            tl.store(dv_part_ptr + split + offs_part, dv, mask=mask)
+            tl.store(dv_part_ptr + own + offs_part, dv, mask=mask)
         counter = counters_ptr + pair * tl.num_programs(0) + tl.program_id(0)
         finished = last_to_arrive(counter, SPLITS)
     if finished:

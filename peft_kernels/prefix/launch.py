@@ -60,10 +60,9 @@ def prefix_forward(
             gate_ptr=some(gate, lse),
             out_ptr=out,
             prefix_lse_ptr=some(prefix_lse, lse),
-            BLOCK_P=call.prefix_block(tile),
             GATED=gate is not None,
             **call.common(scale, dropout_p),
-            **keys | call.prefix() | call.streamed_keys(tile),
+            **keys | call.prefix() | call.prefix_blocks(tile) | call.streamed_keys(tile),
             **call.blocks(tile, plain=_plain(key_mask, cu_seqlens, window, gate)),
         )
 
@@ -138,11 +137,10 @@ def prefix_backward(
                 dq_ptr=some(dquery, out),
                 prefix_delta_ptr=prefix_delta,
                 prefix_correction_ptr=prefix_correction,
-                BLOCK_P=call.prefix_block(tile),
                 GATED=gate is not None,
                 NEED_DQ=dquery is not None,
                 **common,
-                **keys | call.prefix() | call.streamed_keys(tile),
+                **keys | call.prefix() | call.prefix_blocks(tile) | call.streamed_keys(tile),
                 **call.blocks(tile, plain=plain),
             )
         if (dkey is not None or dvalue is not None) and key.shape[2]:
@@ -155,7 +153,7 @@ def prefix_backward(
                 dv_ptr=some(dvalue, out),
                 NEED_DK=dkey is not None,
                 NEED_DV=dvalue is not None,
-                **common | call.streamed_rows(tile, dout),
+                **common | call.streamed_rows(tile, dout, lse, delta),
                 **keys,
                 **call.blocks(tile, plain=plain),
             )
@@ -217,7 +215,7 @@ def _prefix_gradient(
         GATED=gate is not None,
         NEED_DK=dprefix_key is not None,
         NEED_DV=dprefix_value is not None,
-        **dict(common) | call.streamed_rows(tile, dout),
+        **dict(common) | call.streamed_rows(tile, dout, common["lse_ptr"], common["delta_ptr"]),
         **call.prefix(),
         **call.blocks(tile, plain=gate is None),
     )

@@ -136,12 +136,12 @@ def _prefix_query_gradient_kernel(
     S, T, P, kv_heads, group, window, segments, steps, scale, score_scale, inverse_keep,
     drop_threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-    KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    BLOCK_P: tl.constexpr, RAGGED_P: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, KEY_MASK: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DQ: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch · key heads · row tiles,); BLOCK_P 0: there is no prefix."""
+    """Grid (batch · key heads · row tiles,); BLOCK_P and RAGGED_P as in forward."""
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     DLSE: tl.constexpr = HAS_DLSE and EXACT
@@ -186,7 +186,7 @@ def _prefix_query_gradient_kernel(
             stride_pkn, stride_pvn, owner, kv_index, 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P,
             first, last, mask_ptr, 0,
             seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_P, True, False, False, False, DROPOUT, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_P, RAGGED_P, False, False, False, DROPOUT, PRECISION, TMA,
         )  # fmt: skip
     if EXACT:
         delta, total = prefix_delta, prefix_total
@@ -246,7 +246,7 @@ def _prefix_query_gradient_kernel(
                 prefix_k_ptr, prefix_v_ptr, stride_pkn, stride_pvn, owner, kv_index,
                 0, 0, 0, 0, tl.cdiv(P, BLOCK_P), P, first, last, mask_ptr, 0,
                 seed_ptr, rows, 0, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_P, True, False, False, False,
+                D, BLOCK_D, BLOCK_P, RAGGED_P, False, False, False,
                 DLSE and not GATED, GATED or EXACT, DROPOUT, PRECISION, TMA,
             )  # fmt: skip
         if not KEY_MASK:

@@ -36,6 +36,13 @@ def row_tile(tile, S, group, BLOCK_M: tl.constexpr, FOLD: tl.constexpr):
 
 
 @triton.jit
+def carried(upper, lower, size):
+    """Return two digits of a count, the lower one of which may have become ``size``."""
+    full = lower == size
+    return upper + full.to(tl.int32), tl.where(full, 0, lower)
+
+
+@triton.jit
 def row_tiles(S, group, BLOCK_M: tl.constexpr, FOLD: tl.constexpr):
     """Return how many tiles the rows of one key head make."""
     if FOLD:
@@ -153,6 +160,25 @@ def load_rows(
         offs = tl.arange(0, BLOCK)
         ptr += first.to(tl.int64) * stride
         return load_block(ptr, offs * stride, first + offs < stop, D, BLOCK_D, MASK)
+
+
+@triton.jit
+def load_row_numbers(
+    ptr, head, first, first_of_all, exists, BLOCK: tl.constexpr, MASK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Return one number of each of BLOCK rows, 0 of those that do not exist.
+
+    TMA: ``ptr`` is a descriptor of [heads of all batch rows, rows], of which ``head`` and ``first``
+    are meant. Else it is an address, ``first_of_all`` counts from there, and MASK says whether any
+    row does not exist.
+    """
+    if TMA:
+        return ptr.load([head.to(tl.int32), first]).reshape([BLOCK])
+    elif MASK:
+        return tl.load(ptr + first_of_all + tl.arange(0, BLOCK), mask=exists, other=0.0)
+    else:
+        return tl.load(ptr + first_of_all + tl.arange(0, BLOCK))
 
 
 @triton.jit

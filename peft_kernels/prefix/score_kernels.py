@@ -56,7 +56,14 @@ def negated(block, NEGATE: tl.constexpr):
 def load_lse(lse_ptr, rows, exists, like):
     """Return lse in the base of the scores; +inf, which makes p 0, of rows with nothing to see."""
     lse = tl.load(lse_ptr + rows, mask=exists, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse_of_scores(lse, like, True)
+
+
+@triton.jit
+def lse_of_scores(lse, like, EMPTY: tl.constexpr):
+    """Return lse in the base of the scores; EMPTY: some rows may have nothing to see."""
+    if EMPTY:
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
     if like.dtype == tl.float32:
         return lse
     else:

@@ -29,16 +29,25 @@ class Report:
     wide_loads: int = 0
     wide_stores: int = 0
     inner_spills: int = 0  # of the innermost loops around matrix instructions
+    serialised: int = 0  # asynchronous matrix instructions that wait for each other
 
     def problems(
-        self, family: str, *, pipelined: bool, products: bool = True, measured: bool = False
+        self,
+        family: str,
+        *,
+        pipelined: bool,
+        products: bool = True,
+        measured: bool = False,
+        overlapping: bool = False,
     ) -> list[str]:
         """Return what would make this kernel wrong or slow on ``family``.
 
         ``measured``: its tile was the fastest on a GPU; spills then count where they are repeated,
-        more than two in an inner loop.
+        more than two in an inner loop. ``overlapping``: its products must not wait for each other.
         """
         found = []
+        if overlapping and self.serialised:
+            found.append(f"{self.serialised} products that wait for each other")
         if measured and self.inner_spills > 2:
             found.append(f"{self.inner_spills} spill instructions in inner loops")
         elif self.spills and not measured:
@@ -105,7 +114,16 @@ def compile_for(
         wide_loads=len(re.findall(r"\bLDG\S*\.128", sass)),
         wide_stores=len(re.findall(r"\bSTG\S*\.128", sass)),
         inner_spills=_inner_spills(sass, matrix),
+        serialised=_serialised(sass, compiled.asm["ptx"]),
     )
+
+
+def _serialised(sass: str, ptx: str) -> int:
+    """Return how many warp groups' products the assembler makes wait for each other.
+
+    Where it cannot prove that nobody touches their registers it says nothing, and fences each.
+    """
+    return max(0, sass.count("WARPGROUP.ARRIVE") - ptx.count("wgmma.fence"))
 
 
 def _inner_spills(sass: str, matrix: str) -> int:

@@ -81,12 +81,13 @@ def prefix(
     dropout: bool = False,
     fold: bool = False,
     negate: bool = False,
+    ragged: bool = False,
     splits: int = 8,
     **given: Any,
 ) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
     """Return (types, constants, divisible) of one launch: "forward", "query", "key", "prefix".
 
-    ``given``: constants by their own names.
+    ``ragged``: tiles are not all full. ``given``: constants by their own names.
     """
     types = {name: kind.format(t=dtype) for name, kind in _LAUNCHES[launch].items()}
     constants: dict[str, Any] = {
@@ -98,11 +99,12 @@ def prefix(
         constants |= {"CAUSAL": causal, "WINDOW": window, "PACKED": packed, "KEY_MASK": key_mask}
         constants |= {"stride_mask": 1} if key_mask else {}
     if launch in ("forward", "query"):
-        constants |= {"BLOCK_P": tile.block_n, "GATED": gated}
+        constants |= {"BLOCK_P": tile.block_n, "RAGGED_P": ragged, "GATED": gated}
     if launch == "query":
         constants |= {"NEED_DQ": True}
     if launch in ("key", "prefix"):
-        constants |= {"NEED_DK": True, "NEED_DV": True}
+        by_tma = tile.tma and not ragged
+        constants |= {"NEED_DK": True, "NEED_DV": True, "RAGGED": ragged, "LSE_TMA": by_tma}
     if launch == "prefix":
         constants |= {"GATED": gated, "SPLITS": splits}
     if launch != "forward":
@@ -112,6 +114,8 @@ def prefix(
         for name in _STREAMED[launch]:
             block = given.get("BLOCK_P") or rows if name.startswith("prefix") else rows
             types[name] = f"tensordesc<{dtype}{[1, 1, block, constants['BLOCK_D']]}>"
+    if constants.get("LSE_TMA"):
+        types |= dict.fromkeys(("lse_ptr", "delta_ptr"), f"tensordesc<fp32{[1, tile.block_m]}>")
     return types, constants | given, frozenset(set(types) - _RAGGED)
 
 
@@ -133,8 +137,9 @@ def gate_gradient(block: int) -> tuple[dict[str, str], dict[str, Any], frozenset
 # What a launch may have to do at once: what takes the most registers and what is most common first.
 _BOUNDED = {"causal": True, "window": True, "packed": True}
 _ROWS: tuple[dict[str, Any], ...] = (
-    _BOUNDED | {"gated": True},
+    _BOUNDED | {"gated": True, "ragged": True},
     {"causal": True},
+    {"causal": True, "ragged": True},
     _BOUNDED | {"key_mask": True},
     {"causal": True, "gated": True, "fold": True},
     {"negate": True},
@@ -149,16 +154,18 @@ _FORMS: dict[str, tuple[dict[str, Any], ...]] = {
         {"HAS_DLSE": False},
     ),
     "key": (
-        _BOUNDED | {"key_mask": True},
+        _BOUNDED | {"key_mask": True, "ragged": True},
         {"causal": True},
-        {"fold": True},
+        {"causal": True, "ragged": True},
+        {"fold": True, "ragged": True},
         {"NEED_DK": False},
         {"NEED_DV": False, "HAS_DLSE": False, "negate": True},
     ),
     "prefix": (
-        {"gated": True},
+        {"gated": True, "ragged": True},
         {},
-        {"fold": True, "gated": True},
+        {"ragged": True},
+        {"fold": True, "gated": True, "ragged": True},
         {"splits": 1},
         {"NEED_DK": False},
         {"NEED_DV": False, "HAS_DLSE": False, "negate": True},

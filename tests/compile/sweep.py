@@ -72,6 +72,7 @@ class Case:
     products: bool = True
     registers: int = 0
     measured: bool = False  # the tile was the fastest on a GPU
+    overlapping: bool = False  # its products must not wait for each other
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -90,7 +91,9 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
                 source = lora_sources.product(
                     dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
                 )
-            yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
+            yield Case(
+                name, kernel, source, tile.num_warps, tile.num_stages, not ragged, overlapping=True
+            )
             if tile.variant == "ticket_tma" and rank == 16:
                 source = lora_sources.tma_product(dtype, tile, 8, direction, dropout)
                 name = name.replace("r16", "r8")
@@ -219,7 +222,7 @@ def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
         registers = tile.registers if prefix_sources.is_plain(source) else 0
         yield Case(
             name, kernel, source, tile.num_warps, tile.num_stages, registers=registers,
-            measured=tile.tma,
+            measured=tile.tma, overlapping=tile.tma,
         )  # fmt: skip
     source = prefix_sources.gate_gradient(prefix_tiles.GATE_BLOCK)
     yield Case("prefix gate gradient", "_gate_gradient_kernel", source, 4, 3, False, False)
@@ -281,7 +284,7 @@ def main(argv: list[str]) -> int:
             line = {"case": f"{options.family} {dtype} {case.name}"}
             line["problems"] = report.problems(
                 options.family, pipelined=case.pipelined, products=case.products,
-                measured=case.measured,
+                measured=case.measured, overlapping=case.overlapping,
             )  # fmt: skip
             print(json.dumps(line | dataclasses.asdict(report)), flush=True)
     return 0

@@ -156,6 +156,12 @@ def test_a_replay_has_counters_for_the_launch_that_needs_most(
     assert kernel.ran == [((buffer.data_ptr(),), {"stream": 5})] * 3
 
 
+class _Descriptor:
+    def __init__(self, base: Tensor) -> None:
+        self.base = base
+        self.shape = tuple(base.shape)
+
+
 def test_temporaries_of_a_replay_are_apart_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 5))
     monkeypatch.setattr(launches, "_driver", lambda: driver)
@@ -164,11 +170,13 @@ def test_temporaries_of_a_replay_are_apart_and_aligned(monkeypatch: pytest.Monke
     tape = launches._Tape([x])
     for part in parts:
         tape.saw("aten::empty", None, part)
-    tape.launched(kernel, (1,), [*parts, x, 7])
+    tape.launched(kernel, (1,), [*parts, x, 7, _Descriptor(parts[1].view(5, 13)), _Descriptor(x)])
     tape.finish()
     kernel.ran.clear()
     tape.replay([x], [x.data_ptr()], x.device)
-    (((first, second, third, *others), _),) = kernel.ran
+    (((first, second, third, *others, part, whole), _),) = kernel.ran
     assert tape.complete and others == [x.data_ptr(), 7]
+    assert part.base.data_ptr() == second and part.base.dtype == torch.float32
+    assert part.shape == (5, 13) and whole.base is x
     assert second - first >= 3 * 4 and third - second >= 65 * 4
     assert not any((place - first) % 256 for place in (second, third))

@@ -40,6 +40,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "causal": {"queries": 37, "keys": 37, "causal": True},
     "fewer queries than keys": {"queries": 20, "keys": 50, "causal": True},
     "more queries than keys": {"queries": 40, "keys": 9},
+    "queries before all keys": {"queries": 40, "keys": 9, "window": 3, "prefix": 0},
     "decoding": {
         "batch": 2, "heads": 4, "kv_heads": 2, "queries": 1, "keys": 33, "size": 40, "causal": True,
     },

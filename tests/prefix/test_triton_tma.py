@@ -39,6 +39,8 @@ def by_tma(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
     def noted(kernel: Any, grid: Any, *positional: Any, **named: Any) -> None:
         if "TMA" in named:
             seen[kernel.fn.__name__] = named["TMA"]
+        if "LSE_TMA" in named:
+            seen["lse of " + kernel.fn.__name__] = named["LSE_TMA"]
         whole(kernel, grid, *positional, **named)
 
     monkeypatch.setattr(launchers, "launch", noted)
@@ -70,7 +72,9 @@ def test_descriptors_change_no_bit(layout: str, by_tma: dict[str, bool]) -> None
     even = size * given.query.element_size() % 16 == 0
     assert by_tma["_prefix_forward_kernel"] == (even and keys > 0)
     if "_prefix_key_gradient_kernel" in by_tma:
-        assert by_tma["_prefix_key_gradient_kernel"] == (even and not folded)
+        streamed = even and not folded
+        assert by_tma["_prefix_key_gradient_kernel"] == streamed
+        assert by_tma["lse of _prefix_key_gradient_kernel"] == (streamed and queries % 4 == 0)
 
 
 @pytest.mark.parametrize("layout", ["heads last", "slices", "expanded", "one sample", "shifted"])
