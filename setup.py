@@ -1,8 +1,9 @@
 """Build of the compiled libraries; everything else is in pyproject.toml.
 
 PEFT_KERNELS_BUILD chooses what is compiled:
-    auto  what this machine can build and use (the default): `_C` when torch can be imported and a
-          compiler knows C++20, and `_C_cuda` when that torch has CUDA and nvcc is found; else nothing
+    auto  what this machine can build and use (the default): `_C` when torch can be imported and
+          there is a C++20 compiler, and `_C_cuda` when that torch has CUDA and nvcc is found; else
+          nothing
     none  nothing: a pure-Python wheel
     cpu   `_C`, and an error where it cannot be built
     cuda  `_C` and `_C_cuda`, and an error where they cannot be built; any torch serves
