@@ -42,7 +42,7 @@ HOW = "pip install torch ninja pybind11, then pip install --no-build-isolation .
 
 def extension() -> dict[str, Any]:
     """Return what setup() needs to build `_C`, or nothing for a pure-Python wheel."""
-    choice = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
+    choice = (os.environ.get("PEFT_KERNELS_BUILD") or "auto").lower()
     if choice not in CHOICES:
         raise SystemExit(f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "none":

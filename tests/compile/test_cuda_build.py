@@ -136,6 +136,7 @@ def test_each_choice_says_what_it_builds(nvcc: Nvcc, tmp_path: Path) -> None:
         assert "compiling the CPU kernels and the CUDA kernels" in auto
     else:
         assert "no CUDA kernels: this torch has no CUDA (PEFT_KERNELS_BUILD=cuda" in auto
+    assert setup("").stderr == auto  # a variable that is set to nothing, as CI likes to
     nothing = setup("auto", CUDA_HOME=str(tmp_path))
     assert nothing.returncode == 0 and "compiling the CPU kernels; no CUDA" in nothing.stderr
 
