@@ -24,6 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
         "parallel": True,
     },
 }
+# nn.TransformerEncoderLayer asks its attention for it.
+_READ_BY_TORCH = "_qkv_same_embed_dim"
 
 
 class AdaptedModule(nn.Module):
@@ -31,8 +33,8 @@ class AdaptedModule(nn.Module):
 
     Where the adapter is parallel: ``adapter(x, residual=module(x))``, x being the module's first
     argument. Of a module that returns a tuple, as attention does, the first item is adapted.
-    Parameters of the module are left as they are: freeze them first. Attributes that this module
-    does not have are the module's: models ask a layer for its dtype or its number of heads.
+    Parameters of the module are left as they are: freeze them first. Public attributes that this
+    module does not have are the module's: models ask a layer for its dtype or its heads.
 
     Args:
         module: what is adapted.
@@ -59,8 +61,9 @@ class AdaptedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Not there yet: while this module is made, copied or unpickled.
-            if name == "module":
+            # The module may not be there yet, while this one is made, copied or unpickled. What is
+            # private belongs to one module: the hooks of accelerate put the forward of theirs back.
+            if name == "module" or (name.startswith("_") and name != _READ_BY_TORCH):
                 raise
             return getattr(self.module, name)
 

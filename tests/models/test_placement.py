@@ -114,6 +114,13 @@ def test_a_transformer_layer_finds_what_it_reads_of_its_attention() -> None:
     torch.testing.assert_close(copy.deepcopy(encoder)(x), encoder(x))
 
 
+def test_what_is_private_to_the_module_stays_there() -> None:
+    linear = nn.Linear(8, 8)
+    linear._old_forward = linear.forward  # type: ignore[assignment]  # as accelerate's hooks do
+    layer = AdaptedModule(linear, Adapter(8))
+    assert layer.in_features == 8 and not hasattr(layer, "_old_forward")
+
+
 def test_only_the_adapters_are_trained_and_learn() -> None:
     model, x, target = _model(), torch.randn(4, 5, 32), torch.randn(4, 5, 32)
     add_adapters(model, "down", init="mam_adapter", bottleneck=8)
