@@ -1,8 +1,9 @@
 """Build of the compiled libraries; everything else is in pyproject.toml.
 
 PEFT_KERNELS_BUILD chooses what is compiled:
-    auto  what this machine can build and use (the default): `_C` when torch can be imported, and
-          `_C_cuda` when that torch has CUDA and nvcc is found; else nothing
+    auto  what this machine can build and use (the default): `_C` when torch can be imported and
+          there is a C++20 compiler, and `_C_cuda` when that torch has CUDA and nvcc is found; else
+          nothing
     none  nothing: a pure-Python wheel
     cpu   `_C`, and an error where it cannot be built
     cuda  `_C` and `_C_cuda`, and an error where they cannot be built; any torch serves
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ HOW = "pip install torch ninja pybind11, then pip install --no-build-isolation .
 
 def extension() -> dict[str, Any]:
     """Return what setup() needs to build `_C`, or nothing for a pure-Python wheel."""
-    choice = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
+    choice = (os.environ.get("PEFT_KERNELS_BUILD") or "auto").lower()
     if choice not in CHOICES:
         raise SystemExit(f"PEFT_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "none":
@@ -48,6 +51,8 @@ def extension() -> dict[str, Any]:
         import pybind11
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+        check_compiler()
     except Exception as error:  # A broken torch raises anything.
         if choice != "auto":
             raise SystemExit(f"PEFT_KERNELS_BUILD={choice}: {error}. {HOW}") from error
@@ -80,6 +85,20 @@ def extension() -> dict[str, Any]:
     library = Extension("peft_kernels._C_cuda", sources=[], optional=choice == "auto")
     command = cuda_build.built_extension(version(), BuildExtension)
     return {"ext_modules": [module, library], "cmdclass": {"build_ext": command}}
+
+
+def check_compiler() -> None:
+    """Raise OSError where the compiler that torch would run is absent or does not know C++20."""
+    compiler = os.environ.get("CXX", "c++")
+    command = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        done = subprocess.run(
+            command, input="#include <string>\n", capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise OSError(f"the C++ compiler {compiler} does not start: {error.strerror}") from error
+    if done.returncode:
+        raise OSError(f"the C++ compiler {compiler} does not compile C++20: {done.stderr.strip()}")
 
 
 def without_cuda(choice: str, cuda_of_torch: str | None) -> str | None:

@@ -23,6 +23,7 @@ def _gelu_derivative(x: Tensor) -> Tensor:
 
 def _gelu_tanh_derivative(x: Tensor) -> Tensor:
     slope = math.sqrt(2.0 / math.pi)
+    x = x.clamp(-16.0, 16.0)  # flat beyond, where squares and cubes would be infinite
     t = torch.tanh(slope * (x + 0.044715 * x * x * x))
     return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope * (1.0 + 0.134145 * x * x)
 
@@ -30,7 +31,7 @@ def _gelu_tanh_derivative(x: Tensor) -> Tensor:
 def _gated_derivative(x: Tensor, factor: float) -> Tensor:
     """Return the derivative of x · sigmoid(factor · x)."""
     s = torch.sigmoid(factor * x)
-    return s + factor * x * s * (1.0 - s)
+    return s + factor * (x * (s * (1.0 - s)))  # factor * x may be infinite
 
 
 def _mish_derivative(x: Tensor) -> Tensor:

@@ -112,6 +112,16 @@ def check_weights(
     return plain
 
 
+def check_index(index: Tensor, adapters: int) -> None:
+    """Raise ValueError naming a number that is no adapter's and not -1; CPU tensors only."""
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < -1 or high >= adapters:
+        raise ValueError(
+            f"index must lie from -1 (no adapter) to {adapters - 1} for {adapters} adapters, "
+            f"got {low if low < -1 else high}"
+        )
+
+
 def check_dtypes(x: Tensor, residual: Tensor | None, **parameters: Tensor | None) -> torch.dtype:
     """Return the dtype to compute in, after checking devices and which dtypes may mix."""
     named = {**parameters, "residual": residual}

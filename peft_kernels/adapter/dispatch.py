@@ -2,7 +2,7 @@
 
 ``run_forward`` and ``run_backward`` bring the tensors into the form that every launcher takes (2-D,
 one dtype, a unit stride) and hand them to the backend chosen. Under ``torch.compile`` the two are
-opaque ops, so that the choice, the casts and a warning happen inside.
+opaque ops, so that the choice, the check of an index, the casts and a warning happen inside.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.adapter import cpp, cuda, reference, reference_grouped
+from peft_kernels.adapter import check, cpp, cuda, reference, reference_grouped
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
@@ -129,6 +129,8 @@ def run_forward(
     (tokens, bottleneck), features = pre.shape, up.shape[-2]
     if not tokens:
         return
+    if index is not None and index.device.type == "cpu":
+        check.check_index(index, down.shape[0])
     spec = (x.device, dtype, tokens, features, bottleneck, seed is not None)
     x = rows(x, dtype)
     if residual is not None:

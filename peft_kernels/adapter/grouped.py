@@ -101,7 +101,7 @@ def _check(
 ) -> tuple[Tensor, Tensor | None, float, float, torch.dtype]:
     """Check a call; return the index of every row, the residual of its own, and three numbers."""
     check.check_weights(x, down_weight, up_weight, down_bias, up_bias, grouped=True)
-    rows = _check_index(index, x, down_weight.shape[0])
+    rows = _by_row(index, x)
     check_activation(activation)
     own_residual = check.check_residual(residual, x)
     if isinstance(scale, Tensor):
@@ -119,8 +119,8 @@ def _check(
     return rows, own_residual, factor, probability, dtype
 
 
-def _check_index(index: object, x: Tensor, adapters: int) -> Tensor:
-    """Return the index of every row, int64 [M]."""
+def _by_row(index: object, x: Tensor) -> Tensor:
+    """Return the index of every row, int64 [M], its numbers not looked at."""
     if not isinstance(index, Tensor):
         raise TypeError(f"index must be an int64 tensor, got {checks.describe(index)}")
     if index.dtype != torch.int64:
@@ -133,13 +133,6 @@ def _check_index(index: object, x: Tensor, adapters: int) -> Tensor:
             f"index must have one number for each row, shape {list(leading)}, or for each sample, "
             f"shape {list(leading[:1])}, got {list(index.shape)}"
         )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < -1 or high >= adapters:
-            raise ValueError(
-                f"index must lie from -1 (no adapter) to {adapters - 1} for {adapters} adapters, "
-                f"got {low if low < -1 else high}"
-            )
     if not by_row:
         index = index.view(-1, *(1 for _ in leading[1:])).expand(leading)
     return index.reshape(-1).contiguous()

@@ -171,6 +171,7 @@ def _adapter_forward_kernel(
     if GROUPS > 0:
         group, rows, mask_m = _tile_of_group(order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS)
         ranks = tl.where(group > 0, R, 0)
+        contracted = mask_m & (group > 0)  # an infinity times no weight would be no number
         adapter = tl.maximum(group - 1, 0).to(tl.int64)
         down_ptr += adapter * R * D
         up_ptr += adapter * D * R
@@ -179,11 +180,12 @@ def _adapter_forward_kernel(
     else:
         rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
+        contracted = mask_m
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < ranks
     acc = _contract(
-        x_ptr, down_ptr, scale, seed_ptr, rows, mask_m, D, ranks, stride_xm, 1, D, drop_threshold,
-        BLOCK_M, BLOCK_D, BLOCK_R, False, 0, PRECISION,
+        x_ptr, down_ptr, scale, seed_ptr, rows, contracted, D, ranks, stride_xm, 1, D,
+        drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, False, 0, PRECISION,
     )  # fmt: skip
     if HAS_DOWN_BIAS:
         bias = tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0)
@@ -216,18 +218,20 @@ def _adapter_backward_kernel(
     if GROUPS > 0:
         group, rows, mask_m = _tile_of_group(order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS)
         ranks = tl.where(group > 0, R, 0)
+        contracted = mask_m & (group > 0)  # an infinity times no weight would be no number
         adapter = tl.maximum(group - 1, 0).to(tl.int64)
         down_ptr += adapter * R * D
         up_ptr += adapter * D * R
     else:
         rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
+        contracted = mask_m
     offs_r = tl.arange(0, BLOCK_R)
     offs_low = rows[:, None] * R + offs_r[None, :]
     mask_low = mask_m[:, None] & (offs_r < ranks)[None, :]
     if NEED_DPRE:
         acc = _contract(
-            dy_ptr, up_ptr, scale, seed_ptr, rows, mask_m, D, ranks, stride_dym, R, 1,
+            dy_ptr, up_ptr, scale, seed_ptr, rows, contracted, D, ranks, stride_dym, R, 1,
             drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, DROPOUT, SCALE, PRECISION,
         )  # fmt: skip
     pre = tl.load(pre_ptr + offs_low, mask=mask_low, other=0.0).to(tl.float32)

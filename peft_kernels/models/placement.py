@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,14 +24,17 @@ STYLES: dict[str, dict[str, Any]] = {
         "parallel": True,
     },
 }
+# nn.TransformerEncoderLayer asks its attention for it.
+_READ_BY_TORCH = "_qkv_same_embed_dim"
 
 
 class AdaptedModule(nn.Module):
     """A module with an adapter on its output: ``adapter(module(x))``.
 
-    Where the adapter is parallel: ``adapter(x, residual=module(x))``. Of a module that returns a
-    tuple, as attention does, the first item is adapted. Parameters of the module are left as they
-    are: freeze them first.
+    Where the adapter is parallel: ``adapter(x, residual=module(x))``, x being the module's first
+    argument. Of a module that returns a tuple, as attention does, the first item is adapted.
+    Parameters of the module are left as they are: freeze them first. Public attributes that this
+    module does not have are the module's: models ask a layer for its dtype or its heads.
 
     Args:
         module: what is adapted.
@@ -52,15 +56,36 @@ class AdaptedModule(nn.Module):
         self.adapter = adapter
         self.train(module.training)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module returns for these arguments, adapted."""
-        output = self.module(x, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (self._adapt(x, output[0]), *output[1:])
-        return self._adapt(x, output)
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter or a module by its name, else an attribute of the module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # The module may not be there yet, while this one is made, copied or unpickled. What is
+            # private belongs to one module: the hooks of accelerate put the forward of theirs back.
+            if name == "module" or (name.startswith("_") and name != _READ_BY_TORCH):
+                raise
+            return getattr(self.module, name)
 
-    def _adapt(self, x: Tensor, output: Tensor) -> Tensor:
-        return self.adapter(x, residual=output) if self.adapter.parallel else self.adapter(output)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns for these arguments, adapted."""
+        output = self.module(*args, **kwargs)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        if self.adapter.parallel:
+            adapted = self.adapter(self._input(args, kwargs), residual=first)
+        else:
+            adapted = self.adapter(first)
+        return (adapted, *others) if isinstance(output, tuple) else adapted
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the first argument of the module's forward, however it was passed."""
+        if args:
+            return args[0]
+        name = next(iter(inspect.signature(self.module.forward).parameters), "")
+        if name not in kwargs:
+            kind = type(self.module).__name__
+            raise TypeError(f"pass the input of {kind} as its first argument: its adapter reads it")
+        return kwargs[name]
 
 
 def add_adapters(

@@ -32,7 +32,8 @@ def forward(
     columns: Tensor | None,
 ) -> None:
     """Write every output that is not None; see ``reference.forward``."""
-    prompt = prompt.to(weight.dtype)
+    if prompt.dtype is not weight.dtype:
+        prompt = prompt.to(weight.dtype)
     size = weight.element_size()
     one, significant = mask_bits.bits(torch.int64 if mask is None else mask.dtype)
     extension.load().prompt_forward(

@@ -153,6 +153,20 @@ def test_rows_without_an_adapter_are_the_residual(backend: str, residual: str | 
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+# NumPy, which interprets Triton's kernels, warns of infinity times zero.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinity_in_a_row_without_an_adapter_stays_where_it_is(backend: str) -> None:
+    tensors, index = _tensors(), torch.full((ROWS,), -1)
+    tensors["x"][3, 7] = float("inf")
+    leaves = leaves_of(tensors)
+    y = adapter_grouped(**leaves, index=index, backend=backend)
+    assert torch.equal(y.detach(), tensors["x"])
+    dy = torch.randn_like(y)
+    dy[5, 2] = float("-inf")
+    assert torch.equal(torch.autograd.grad(y, leaves["x"], dy)[0], dy)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_index_by_sample_is_one_by_row_repeated(backend: str) -> None:
     tensors = _tensors(rows=30)
@@ -232,6 +246,16 @@ def test_fullgraph_gives_what_eager_gives(p: float) -> None:
     expected = run(leaves_of(tensors), index, dy, None, p)
     for value, name in zip((y.detach(), *gradients), expected, strict=True):
         torch.testing.assert_close(value, expected[name])
+
+
+def test_an_index_out_of_range_is_refused_under_compile_too() -> None:
+    tensors = _tensors(rows=4)
+    compiled = torch.compile(
+        lambda index: adapter_grouped(**tensors, index=index), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(torch.tensor([0, -1, 3, 0])).shape == (4, FEATURES)
+    with pytest.raises(ValueError, match="from -1 .* to 3 for 4 adapters, got 4"):
+        compiled(torch.tensor([0, -1, 4, 0]))
 
 
 def test_explain_names_the_op_and_its_reasons() -> None:

@@ -67,6 +67,16 @@ def test_value_and_derivative_are_torchs_kinks_and_tails_included(
     torch.testing.assert_close(derivative(activation, x), slope, rtol=8 * unit, atol=32 * unit)
 
 
+@pytest.mark.parametrize("activation", NAMES)
+def test_large_values_saturate(activation: str) -> None:
+    """Torch's own float32 derivative of GELU's approximation is no number there."""
+    beyond = torch.tensor([1e3, 1e10, 3e38])
+    x = torch.cat([beyond, -beyond])
+    wide = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(ACTIVATIONS[activation](wide).sum(), wide)
+    torch.testing.assert_close(derivative(activation, x), slope.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("scale", SCALES)

@@ -136,6 +136,7 @@ def test_each_choice_says_what_it_builds(nvcc: Nvcc, tmp_path: Path) -> None:
         assert "compiling the CPU kernels and the CUDA kernels" in auto
     else:
         assert "no CUDA kernels: this torch has no CUDA (PEFT_KERNELS_BUILD=cuda" in auto
+    assert setup("").stderr == auto  # a variable that is set to nothing, as CI likes to
     nothing = setup("auto", CUDA_HOME=str(tmp_path))
     assert nothing.returncode == 0 and "compiling the CPU kernels; no CUDA" in nothing.stderr
 
@@ -154,6 +155,21 @@ def test_what_cannot_be_built_is_an_error_that_says_what_to_change(
     nvcc()
     done = setup(choice, **variables)
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("compiler", ["absent", "of another age"])
+def test_without_a_compiler_auto_goes_on_and_cpu_says_what_is_missing(
+    compiler: str, tmp_path: Path
+) -> None:
+    path, said = tmp_path / "c++", f"the C++ compiler {tmp_path / 'c++'} "
+    if compiler == "of another age":
+        path.write_text("#!/bin/sh\necho unrecognized option >&2\nexit 1\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    auto = setup("auto", CXX=str(path))
+    assert auto.returncode == 0 and said in auto.stderr and "a pure-Python wheel" in auto.stderr
+    asked = setup("cpu", CXX=str(path))
+    assert asked.returncode != 0 and f"PEFT_KERNELS_BUILD=cpu: {said}" in asked.stderr
+    assert "Traceback" not in asked.stderr
 
 
 def has_nvcc() -> bool:

@@ -72,6 +72,55 @@ def test_parallel_adapters_are_fed_with_the_modules_input() -> None:
     torch.testing.assert_close(model(x), model[0].module(x) + _by_hand(layer, x))
 
 
+class ByKeyword(nn.Module):
+    """Calls its layer as transformers' models call their attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("style", ["pfeiffer", "parallel"])
+def test_a_module_that_is_called_by_keywords_is_adapted(style: str) -> None:
+    model, x = ByKeyword(), torch.randn(5, 32)
+    add_adapters(model, "layer", style, init="bert")
+    torch.testing.assert_close(model(x), model.layer(x))
+    assert not torch.equal(model(x), model.layer.module(x))
+
+
+def test_an_input_that_cannot_be_told_is_asked_for() -> None:
+    class AnyName(nn.Module):
+        def forward(self, **states: Tensor) -> Tensor:
+            return states["hidden"]
+
+    layer = AdaptedModule(AnyName(), Adapter(32, parallel=True))
+    with pytest.raises(TypeError, match="pass the input of AnyName as its first argument"):
+        layer(hidden=torch.randn(5, 32))
+
+
+def test_a_transformer_layer_finds_what_it_reads_of_its_attention() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 32)
+    add_adapters(encoder, ["self_attn", "linear2"], "houlsby")
+    trained = encoder(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), trained)
+    assert encoder.layers[0].self_attn.num_heads == 4
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = encoder.layers[0].self_attn.nothing
+    torch.testing.assert_close(copy.deepcopy(encoder)(x), encoder(x))
+
+
+def test_what_is_private_to_the_module_stays_there() -> None:
+    linear = nn.Linear(8, 8)
+    linear._old_forward = linear.forward  # type: ignore[assignment]  # as accelerate's hooks do
+    layer = AdaptedModule(linear, Adapter(8))
+    assert layer.in_features == 8 and not hasattr(layer, "_old_forward")
+
+
 def test_only_the_adapters_are_trained_and_learn() -> None:
     model, x, target = _model(), torch.randn(4, 5, 32), torch.randn(4, 5, 32)
     add_adapters(model, "down", init="mam_adapter", bottleneck=8)
