@@ -168,8 +168,12 @@ def _draw(path: Path) -> None:
         return
     from bench import plots
 
-    for figure in plots.draw(path, path.parent):
+    drawn = plots.draw(path, path.parent)
+    for figure in drawn:
         print(f"figure: {figure}")
+    names = {figure.stem.removeprefix(f"{path.stem}-") for figure in drawn}
+    if absent := [name for name in plots.FIGURES if name not in names]:
+        print(f"not drawn: {', '.join(absent)}; nothing of it was measured, or too little to see")
 
 
 def pin() -> None:

@@ -10,6 +10,7 @@ from bench.plots.style import Row
 
 _FINE = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0)
 _COARSE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+_WIDE = (1.0, 3.0)
 _INCHES_A_CASE, _INCHES_A_PANEL = 0.27, 0.75
 
 
@@ -99,7 +100,8 @@ def _panel(
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=_FINE if high < 3.5 * low else _COARSE))
+    subs = _FINE if high < 3.5 * low else _COARSE if high < 40 * low else _WIDE
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.spines[["top", "right"]].set_visible(False)

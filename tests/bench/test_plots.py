@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -192,3 +193,24 @@ def test_committed_results_of_older_formats_can_be_drawn(tmp_path: Path) -> None
     folder = Path(__file__).parents[2] / "bench" / "results"
     for path in folder.glob("*.json"):
         assert len(plots.draw(path, tmp_path)) == 3
+
+
+@pytest.mark.parametrize("spread", [1.2, 8.0, 200.0, 5000.0])
+def test_numbers_below_an_axis_do_not_overlap(spread: float) -> None:
+    rows = _rows("lora", 1)
+    for row in rows:
+        if row.provider == "eager" and row.timing is not None:
+            ms = LEAST[OURS] * spread
+            rows[rows.index(row)] = _row(row.case, row.direction, "eager", ms)
+    figure = speed_up.draw(_content(rows))
+    figure.canvas.draw()
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        labels = [
+            label.get_window_extent()
+            for place, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+            if low <= place <= high
+        ]
+        assert len(labels) >= 2
+        for left, right in itertools.pairwise(labels):
+            assert left.x1 < right.x0
