@@ -92,7 +92,8 @@ def _panel(
             edgecolors=None if marker == "|" else "white",
         )  # fmt: skip
     right = axis.get_yaxis_transform()
-    axis.text(1.02, -1.0, "over\neager", transform=right, fontsize=7, va="center")
+    head = "over eager\nor peft" if "peft" in found else "over\neager"
+    axis.text(1.02, -1.0, head, transform=right, fontsize=7, va="center")
     for place, name in enumerate(names):
         forms = [found[each][name] for each in ("eager", "peft") if name in found.get(each, {})]
         words = "failed" if name in broken else f"{min(forms):.2f}" if forms else "-"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,20 @@ from tests.bench.problems import DROPPED, SCALED
 
 pytest.importorskip("matplotlib")
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 MACHINE = {"cpu": "Some CPU", "torch": "2.99", "commit": "0123456789abcdef", "dirty": False}
 PEAKS = [{"suite": "cpu", **asdict(Peaks(each, 0.2, 50.0))} for each in ("float32", "bfloat16")]
 LEAST = {OURS: 2.0, "eager": 3.0, "peft": 3.5, "factored": 2.5, "compile": 4.0, "frozen": 1.9}
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close what a test draws: pyplot keeps every figure."""
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
 
 
 def _row(case: Any, direction: str, provider: str, ms: float | None = None) -> Row:
@@ -142,6 +152,25 @@ def test_rows_of_a_real_run_with_a_broken_provider() -> None:
     assert speed_up.draw(content) is None
     assert _marks(roofline.draw(content)) == sum(row.status == "timed" for row in rows) > 0
     assert OURS not in saved.bars(content["rows"])[DROPPED.name]
+
+
+def test_committed_rows_with_commits_of_their_own_are_drawn_and_named() -> None:
+    rows = [
+        plain(row) | {"commit": commit} for row in _rows("lora", 1) for commit in ("ab12", "cd34")
+    ]
+    machine = {"gpu": "Some GPU", "cpu": "Some CPU", "torch": "2.99"}
+    content = _content([]) | {"rows": rows, "machine": machine}
+    del content["quick"]
+    for draw in (speed_up.draw, roofline.draw, saved.draw):
+        title = draw(content).get_suptitle()
+        assert title.endswith("\nSome GPU, torch 2.99, commit ab12, cd34")
+
+
+@pytest.mark.parametrize("op", METHODS)
+def test_the_ratio_beside_a_panel_says_over_which_forms_it_is(op: str) -> None:
+    texts = _texts(speed_up.draw(_content(_rows(op))))
+    peft = "peft" in {each.name for each in METHODS[op].providers}
+    assert ("over eager\nor peft" in texts, "over\neager" in texts) == (peft, not peft)
 
 
 def test_a_point_is_work_over_bytes_and_over_time() -> None:
