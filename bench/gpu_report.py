@@ -8,12 +8,13 @@ stale of the compiled kernels is built first. Every stage leaves NAME.json and N
 a short table last. COMMIT says what commit this is where there is no .git.
 DRY_RUN=1 walks the same way without a GPU, in Triton's interpreter.
 
-Exit status: 0; 1 if a stage failed or died, which its line at the end says; 2 without a GPU or for
-an unknown name.
+Exit status: 0; 1 if a stage failed or died, which its line at the end says; 2 without a GPU, for an
+unknown name, or where nothing can be written to $OUT.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -58,14 +59,29 @@ def chosen(asked: str, dry: bool, limit_s: float | None) -> list[tuple[str, Run,
 
     known = stages(dry)
     found: dict[str, float] = {}
-    for word in re.split(r"[\s,]+", asked.strip()) if asked.strip() else known:
+    for word in re.findall(r"[^\s,]+", asked) or known:
         name, _, given = word.partition(":")
         for each in timing.NAMES if name == TIMING else (name,):
             if each not in known:
                 raise ValueError(f"stages are {', '.join(known)} and {TIMING}, got {each}")
-            wanted = float(given) if given else known[each][1]
+            wanted = seconds_of(word, given) if given else known[each][1]
             found[each] = min(wanted, MOST_S, limit_s or MOST_S)
     return [(name, known[name][0], seconds) for name, seconds in found.items()]
+
+
+def seconds_of(word: str, given: str) -> float:
+    """Return the seconds that ``given`` says.
+
+    Raises:
+        ValueError: no number above 0.
+    """
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a number above 0, got {word}")
+    return seconds
 
 
 def run_one(
@@ -97,7 +113,7 @@ def main(names: Sequence[str] = ()) -> int:
     dry = os.environ.get("DRY_RUN", "0") not in ("", "0")
     limit = os.environ.get("LIMIT_S")
     try:
-        limit_s = float(limit) if limit else None
+        limit_s = seconds_of(f"LIMIT_S={limit}", limit) if limit else None
         asked = chosen(" ".join(names) or os.environ.get("STAGE", ""), dry, limit_s)
     except ValueError as error:
         print(f"gpu-report: {error}", file=sys.stderr)
@@ -110,7 +126,9 @@ def main(names: Sequence[str] = ()) -> int:
         )
         return 2
     out = Path(os.environ.get("OUT") or ROOT / "out" / "gpu-report").resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    if problem := store.why_not_writable(out):
+        print(f"gpu-report: {problem}", file=sys.stderr)
+        return 2
     machine = store.machine(torch.device("cpu" if dry else "cuda"))
     ended = []
     why = building.why_build(dry)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.machine.gpus import GPUS, Gpu, find
+from bench.machine.gpus import GPUS, Gpu, find, part_of
 from bench.machine.kernels import FUSED, Kernel, frozen
 from bench.method import DIRECTIONS, GPU, OURS
 from bench.methods import METHODS
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--op", choices=sorted(FUSED))
     parser.add_argument("--kernels", action="store_true", help="launch by launch")
     options = parser.parse_args(arguments)
-    gpu = find(options.gpu)
+    gpu = find(options.gpu) or part_of(options.gpu or "")
     if gpu is None:
         parser.error(f"--gpu must be one of {', '.join(each.name for each in GPUS)}")
     print(report(gpu, options.op, kernels=options.kernels))

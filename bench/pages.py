@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,20 @@ What is computed in each case, and how to measure on another machine: `make benc
 
 def page() -> str:
     """Return the text of the page."""
-    on_cpu = _read(readme.source_of(readme.README.read_text(encoding="utf-8")))
-    on_gpu, training = _read(ON_GPU / "rows.json"), _read(ON_GPU / "training.json")
+    by_cpu, by_gpu = readme.source_of(readme.README.read_text("utf-8")), ON_GPU / "rows.json"
+    on_cpu, on_gpu, training = map(_read, (by_cpu, by_gpu, ON_GPU / "training.json"))
     gpu = on_gpu["machine"]
     parts = [
         _HEAD,
         "## On a CPU",
         _made_on(on_cpu["machine"], [on_cpu["machine"]["commit"][:10]]),
+        _figures(by_cpu),
         *_methods(on_cpu["rows"]),
         f"## On an {gpu['gpu']}",
         _made_on(gpu, dict.fromkeys(row["commit"] for row in on_gpu["rows"])),
         "Time on the device, cold L2. The device is kept busy while the host launches, so that no "
         "host time is in these.",
+        _figures(by_gpu),
         *_methods(on_gpu["rows"]),
         "### Training steps",
         f"{training['what'][:1].upper()}{training['what'][1:]}. "
@@ -66,6 +69,11 @@ def page() -> str:
         _training(training["rows"]),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _figures(source: Path) -> str:
+    """Return the line in whose place the site has the figures of ``source``."""
+    return f'[Drawn from]({os.path.relpath(source, PAGE.parent)} "figures")'
 
 
 def _read(path: Path) -> Any:

@@ -179,7 +179,8 @@ def on_gpu(folder: Path) -> str:
         body.append([name, *cells, ", ".join(commits)])
     said = (
         f"Measured on an {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}: "
-        f"least device time of eager over ours, bfloat16, with the commit of each row. "
+        "least device time of eager (of prompt tuning the faster of eager and peft) over ours, "
+        "bfloat16, with the commit of each row. "
         f"[All baselines and what else ran there](bench/results/{folder.name}/README.md)."
     )
     header = ["case", *DIRECTIONS, "commit"]

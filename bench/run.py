@@ -33,7 +33,11 @@ SUITES = ("cpu", "host", "memory", "gpu")
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    text = argparse.ArgumentParser("python -m peft_kernels bench", description=__doc__)
+    text = argparse.ArgumentParser(
+        "python -m peft_kernels bench", description=__doc__,
+        epilog="With --tune it measures tiles on the GPU at hand instead, and takes other options: "
+        "--tune --help.",
+    )  # fmt: skip
     text.add_argument(
         "--op", metavar="NAME", action="append",
         help="lora, adapter, prefix or prompt; may be repeated; default: all",
@@ -81,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     has_gpu = torch.cuda.is_available()
     suites = _suites(options.suite, has_gpu)
-    refused = asked.refused()
+    folder = options.output or store.RESULTS
+    refused = asked.refused() or store.why_not_writable(folder)
     if "gpu" in suites and not has_gpu:
         refused = "--suite gpu needs a GPU that torch can use"
     todo = [] if refused else [step for suite in suites for step in steps(suite, asked)]
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "host_profile": found.profiles,
         "seconds": round(time.monotonic() - started, 1),
     }
-    path = store.write_new(options.output or store.RESULTS, store.file_stem(described), content)
+    path = store.write_new(folder, store.file_stem(described), content)
     _print(content, rows, reached, found.hosts)
     print(f"\n{third_party.listed()}")
     print(f"\n{content['seconds']:.0f} s; written to {path}")
@@ -163,8 +168,12 @@ def _draw(path: Path) -> None:
         return
     from bench import plots
 
-    for figure in plots.draw(path, path.parent):
+    drawn = plots.draw(path, path.parent)
+    for figure in drawn:
         print(f"figure: {figure}")
+    names = {figure.stem.removeprefix(f"{path.stem}-") for figure in drawn}
+    if absent := [name for name in plots.FIGURES if name not in names]:
+        print(f"not drawn: {', '.join(absent)}; nothing of it was measured, or too little to see")
 
 
 def pin() -> None:

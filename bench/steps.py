@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,7 @@ class Asked:
     seconds: float | None = None
 
     def refused(self) -> str | None:
-        """Return what is wrong with a name, if anything is."""
+        """Return what is wrong with a name or a number, if anything is."""
         for op in self.ops or ():
             if op not in methods.METHODS:
                 return f"--op {op}: there are {', '.join(methods.METHODS)}"
@@ -48,6 +49,8 @@ class Asked:
         for name in self.baselines or ():
             if name not in known:
                 return f"--baseline {name}: there are {', '.join(known)}"
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            return f"--seconds {self.seconds:g}: must be a number above 0"
         return None
 
 
@@ -113,7 +116,8 @@ class Found:
         """Add what one step gives; a case that breaks becomes a failed row."""
         with one_thread() if step.suite == HOST else contextlib.nullcontext():
             rows = guarded(partial(self._case, step), step.case)
-            if step.suite == HOST and any(row.status == TIMED for row in rows):
+            timed = any((row.provider, row.status) == (OURS, TIMED) for row in rows)
+            if step.suite == HOST and timed:
                 self._host(step, rows)
         self._rows += [(step.suite, row) for row in rows]
 

@@ -70,6 +70,16 @@ def file_stem(described: dict[str, Any]) -> str:
     return f"{when}-{commit}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """Make ``folder`` and return why no file can be written there, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"nothing can be written to {folder}: {error.strerror or error}"
+
+
 def write_new(folder: Path, stem: str, content: dict[str, Any]) -> Path:
     """Write ``content`` to a new JSON file in ``folder``, whole or not at all; return its path."""
     folder.mkdir(parents=True, exist_ok=True)

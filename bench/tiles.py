@@ -20,7 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.tuning.candidates import METHODS, WIDTH, Candidate, Target, candidates, present, targets
+from bench import store
+from bench.tuning.candidates import (
+    METHODS,
+    WIDTH,
+    Candidate,
+    Target,
+    candidates,
+    present,
+    targets_of,
+)
 from bench.tuning.offline import OF_FAMILY, Known, known
 from peft_kernels.core import tiles
 
@@ -90,11 +99,15 @@ def main(arguments: Sequence[str]) -> int:
     compiled = not options.counted
     if compiled and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    try:
+        asked = targets_of(options.family, options.method, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.json and (problem := store.why_not_writable(options.json.parent)):
+        parser.error(problem)
     print(f"{options.family}, waves on {OF_FAMILY[options.family]}")
     content: dict[str, Any] = {"family": options.family, "entries": {}}
-    for target in targets(tuple(options.method), options.only):
-        if present(target, options.family) is None:
-            continue
+    for target in asked:
         start = time.monotonic()
         now, found = choose(target, options.family, options.most, compiled=compiled)
         print("\n".join(described(target, options.family, now, found)), flush=True)

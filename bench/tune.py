@@ -26,7 +26,7 @@ import torch
 
 from bench import store
 from bench.measure import device_times
-from bench.tuning.candidates import METHODS, Candidate, Target, candidates, present, targets
+from bench.tuning.candidates import METHODS, Candidate, Target, candidates, present, targets_of
 from bench.tuning.judges import Judges
 from bench.tuning.launches import tiny
 from bench.tuning.offline import known
@@ -188,23 +188,27 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
     parser.add_argument("--dry", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args(arguments)
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"seconds must be a number above 0, got {options.seconds:g}")
     if not options.dry and not torch.cuda.is_available():
         parser.error("there is no CUDA device: --dry walks through on a CPU")
+    if problem := store.why_not_writable(options.out.parent):
+        parser.error(problem)
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton is imported by the first launch
     start = time.monotonic()
     ends = start + options.seconds
     device = torch.device("cpu" if options.dry else "cuda", None if options.dry else 0)
     family = tiles.table_of(device)
-    judges = Judges(0 if options.dry else options.workers, device)
-    asked = [
-        (target, ordered(target, family)[: options.most])
-        for target in targets(tuple(options.method), options.only)
-        if family == tiles.INTERPRETED or present(target, family) is not None
-    ]
+    try:
+        found = targets_of(family, options.method, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    asked = [(target, ordered(target, family)[: options.most]) for target in found]
     asked = [
         (target, [Candidate(chosen[0].entry, None), *chosen]) for target, chosen in asked if chosen
     ]
+    judges = Judges(0 if options.dry else options.workers, device)
     content: dict[str, Any] = {
         "what": "tiles for PEFT_KERNELS_TILES: the fastest of the candidates measured; times are "
         "milliseconds of one launch, 20th percentile, cold L2; prefix: launches of keys' gradients "

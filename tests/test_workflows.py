@@ -53,6 +53,30 @@ def test_there_are_the_two_workflows_and_every_job_ends_by_itself() -> None:
     assert all(job["timeout-minutes"] <= 120 for job in _jobs().values())
 
 
+def test_one_version_of_each_action_is_used() -> None:
+    used = {step["uses"] for job in _jobs().values() for step in job["steps"] if "uses" in step}
+    names = [each.partition("@")[0] for each in used]
+    assert len(names) == len(set(names)) and all("@" in each for each in used)
+
+
+def test_what_jobs_download_was_uploaded_by_a_job_that_they_need() -> None:
+    for workflow in WORKFLOWS.values():
+        jobs = workflow["jobs"]
+        uploads = {
+            step["with"]["name"]: name
+            for name, job in jobs.items()
+            for step in job["steps"]
+            if step.get("uses", "").startswith("actions/upload-artifact@")
+        }
+        for job in jobs.values():
+            for step in job["steps"]:
+                if step.get("uses", "").startswith("actions/download-artifact@"):
+                    needs = [job["needs"]] if isinstance(job["needs"], str) else job["needs"]
+                    one = step["with"].get("name")
+                    asked = [one] if one else list(uploads)
+                    assert asked and all(uploads[each] in needs for each in asked)
+
+
 def test_every_make_target_exists_and_those_of_ci_are_called() -> None:
     runs = list(itertools.chain.from_iterable(map(_steps, _jobs().values())))
     called = [line for line in runs if line.startswith("make ")]

@@ -64,6 +64,14 @@ GPUS = (
 )
 
 
+def part_of(asked: str) -> Gpu | None:
+    """Return the GPU that ``asked`` names in either case, or by a part that is in no other name."""
+    wanted = asked.casefold()
+    found = [gpu for gpu in GPUS if wanted in gpu.name.casefold()]
+    whole = [gpu for gpu in found if wanted == gpu.name.casefold()]
+    return (whole or found)[0] if len(whole or found) == 1 else None
+
+
 def find(name: str | None = None) -> Gpu | None:
     """Return the GPU of that name, or of what CUDA calls it; None: one that is not known.
 

@@ -10,6 +10,7 @@ from bench.plots.style import Row
 
 _FINE = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0)
 _COARSE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+_WIDE = (1.0, 3.0)
 _INCHES_A_CASE, _INCHES_A_PANEL = 0.27, 0.75
 
 
@@ -91,7 +92,8 @@ def _panel(
             edgecolors=None if marker == "|" else "white",
         )  # fmt: skip
     right = axis.get_yaxis_transform()
-    axis.text(1.02, -1.0, "over\neager", transform=right, fontsize=7, va="center")
+    head = "over eager\nor peft" if "peft" in found else "over\neager"
+    axis.text(1.02, -1.0, head, transform=right, fontsize=7, va="center")
     for place, name in enumerate(names):
         forms = [found[each][name] for each in ("eager", "peft") if name in found.get(each, {})]
         words = "failed" if name in broken else f"{min(forms):.2f}" if forms else "-"
@@ -99,7 +101,8 @@ def _panel(
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=_FINE if high < 3.5 * low else _COARSE))
+    subs = _FINE if high < 3.5 * low else _COARSE if high < 40 * low else _WIDE
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.spines[["top", "right"]].set_visible(False)

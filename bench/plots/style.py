@@ -76,12 +76,14 @@ def short(case: str, op: str) -> str:
 
 
 def title(content: dict[str, Any], words: str) -> str:
-    """Return what is shown, and of which machine and commit."""
+    """Return what is shown, and of which machine and commit; of commits that rows name, all."""
     machine = content["machine"]
     name = machine.get("gpu") or machine["cpu"]
-    commit = (machine["commit"] or "no commit")[:10] + (" (dirty)" if machine["dirty"] else "")
-    quick = "TINY SHAPES THAT MEASURE NOTHING; " if content["quick"] else ""
-    return f"{quick}{words}\n{name}, torch {machine['torch']}, commit {commit}"
+    commits = dict.fromkeys(row["commit"] for row in content["rows"] if row.get("commit"))
+    named = ", ".join(each[:10] for each in commits or [machine.get("commit") or "no commit"])
+    named += " (dirty)" if machine.get("dirty") else ""
+    quick = "TINY SHAPES THAT MEASURE NOTHING; " if content.get("quick") else ""
+    return f"{quick}{words}\n{name}, torch {machine['torch']}, commit {named}"
 
 
 def first_rows(rows: Iterable[Row]) -> list[Row]:

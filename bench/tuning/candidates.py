@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,6 +183,23 @@ def targets(methods: tuple[str, ...] = METHODS, only: str = "") -> list[Target]:
     columns = itertools.zip_longest(*([*made[method]()] for method in methods))
     found = [each for column in columns for each in column if each is not None]
     return [each for each in found if only in str(each)]
+
+
+def targets_of(family: str, methods: Sequence[str], only: str) -> list[Target]:
+    """Return the targets that a family's tables have an entry of; interpreted: all.
+
+    Raises:
+        ValueError: there is none, with the places of those that there are.
+    """
+    known = [
+        target
+        for target in targets(tuple(methods))
+        if family == tiles.INTERPRETED or present(target, family) is not None
+    ]
+    found = [target for target in known if only in str(target)]
+    if not found:
+        raise ValueError(f"--only {only!r}: there are {', '.join(map(str, known)) or 'none'}")
+    return found
 
 
 def present(target: Target, family: str) -> Any:

@@ -65,6 +65,9 @@ def adapter_grouped(
         ValueError: shapes that disagree, an index out of range (on CPUs), and as ``adapter``.
         BackendUnavailable: a demanded backend cannot serve this call, with every reason.
 
+    Source: Houlsby et al., *Parameter-Efficient Transfer Learning for NLP*, ICML 2019; in the
+    library adapters, rows of several adapters are the composition ``BatchSplit``.
+
     Example:
         >>> import torch
         >>> from peft_kernels import adapter, adapter_grouped

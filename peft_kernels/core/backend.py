@@ -260,7 +260,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         The explanation; ``print`` it.
 
     Raises:
-        TypeError: ``function`` is not one of this package's.
+        TypeError: ``function`` is none of this package's that have backends (``lora_embedding`` is
+            made of PyTorch's operations), or arguments are missing.
+        ValueError: arguments that the call itself would refuse.
 
     Example:
         >>> import torch, peft_kernels

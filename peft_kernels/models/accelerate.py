@@ -50,8 +50,9 @@ def accelerate(
     model: parameters, ``state_dict`` keys, optimisers and hooks stay as they are, and what peft
     does afterwards (``set_adapter``, ``add_adapter``, ``delete_adapter``, ``merge_and_unload``,
     ``save_pretrained``) works as before, as does what adapters does.
-    A layer decides at each call: while it is merged, disabled, hooked, given several adapters for
-    one batch, or has parameters that its method's kernel cannot take, it runs its own forward.
+    A layer decides at each call: while it is merged, disabled or hooked, or has parameters that its
+    method's kernel cannot take, it runs its own forward. A batch whose rows name their adapters
+    (``adapter_names``) takes one kernel call for each adapter.
     Prefix tuning, prompt tuning and P-tuning are served in the ``PeftModel`` itself, which the
     report lists under its name, "" where it is ``model``. A prefix goes through transformers'
     attention interface, so gradient checkpointing, which peft refuses beside one, may be enabled

@@ -73,13 +73,27 @@ class TestChoice:
         taken = {name: s for name, _, s in gpu_report.chosen("tests lora:70 tune:9", False, 90.0)}
         assert taken == {"tests": 90.0, "lora": 70.0, "tune": 9.0}
 
-    @pytest.mark.parametrize("asked", ["everything", "lora tests,x", "lora:soon"])
+    @pytest.mark.parametrize(
+        ("variable", "asked", "said"),
+        [
+            ("STAGE", "everything", "stages are tests, "),
+            ("STAGE", "lora tests,x", "stages are tests, "),
+            ("STAGE", "lora:soon", "seconds must be a number above 0, got lora:soon"),
+            ("STAGE", "lora:-5", "seconds must be a number above 0, got lora:-5"),
+            ("STAGE", "lora:nan", "seconds must be a number above 0, got lora:nan"),
+            ("LIMIT_S", "0", "seconds must be a number above 0, got LIMIT_S=0"),
+            ("OUT", "/dev/null/out", "nothing can be written to /dev/null/out: Not a directory"),
+        ],
+    )
     def test_what_is_unknown_is_refused(
-        self, asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setenv("STAGE", asked)
+        self, variable: str, asked: str, said: str, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        monkeypatch.setenv("DRY_RUN", "1")
+        monkeypatch.setenv("STAGE", "prompt")
+        monkeypatch.setenv(variable, asked)
         assert gpu_report.main() == 2
-        assert capsys.readouterr().err.startswith("gpu-report: ")
+        assert capsys.readouterr().err.startswith(f"gpu-report: {said}")
 
 
 def dry_report(monkeypatch: pytest.MonkeyPatch, out: Path, **runs: Any) -> int:

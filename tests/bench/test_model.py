@@ -133,5 +133,18 @@ def test_what_is_not_modelled_has_no_prediction(capsys: pytest.CaptureFixture[st
     assert model.predicted_ms(row, "Tesla T4") is None
     assert model.main(["--gpu", "H200", "--op", "prompt"]) == 0
     assert "6 measured on H200" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        model.main(["--gpu", "T4"])
+    for unknown in ("T4", "RTX", ""):
+        with pytest.raises(SystemExit):
+            model.main(["--gpu", unknown])
+    assert "--gpu must be one of A100, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [("4090", "RTX 4090"), ("a10", "A10"), ("a100", "A100"), ("rtx 50", "RTX 5090")],
+)
+def test_a_part_of_a_name_names_a_gpu(
+    asked: str, known: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert model.main(["--gpu", asked, "--op", "prompt"]) == 0
+    assert f"nothing of {known} in bench/results" in capsys.readouterr().out

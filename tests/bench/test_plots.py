@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,20 @@ from tests.bench.problems import DROPPED, SCALED
 
 pytest.importorskip("matplotlib")
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 MACHINE = {"cpu": "Some CPU", "torch": "2.99", "commit": "0123456789abcdef", "dirty": False}
 PEAKS = [{"suite": "cpu", **asdict(Peaks(each, 0.2, 50.0))} for each in ("float32", "bfloat16")]
 LEAST = {OURS: 2.0, "eager": 3.0, "peft": 3.5, "factored": 2.5, "compile": 4.0, "frozen": 1.9}
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close what a test draws: pyplot keeps every figure."""
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
 
 
 def _row(case: Any, direction: str, provider: str, ms: float | None = None) -> Row:
@@ -143,6 +154,25 @@ def test_rows_of_a_real_run_with_a_broken_provider() -> None:
     assert OURS not in saved.bars(content["rows"])[DROPPED.name]
 
 
+def test_committed_rows_with_commits_of_their_own_are_drawn_and_named() -> None:
+    rows = [
+        plain(row) | {"commit": commit} for row in _rows("lora", 1) for commit in ("ab12", "cd34")
+    ]
+    machine = {"gpu": "Some GPU", "cpu": "Some CPU", "torch": "2.99"}
+    content = _content([]) | {"rows": rows, "machine": machine}
+    del content["quick"]
+    for draw in (speed_up.draw, roofline.draw, saved.draw):
+        title = draw(content).get_suptitle()
+        assert title.endswith("\nSome GPU, torch 2.99, commit ab12, cd34")
+
+
+@pytest.mark.parametrize("op", METHODS)
+def test_the_ratio_beside_a_panel_says_over_which_forms_it_is(op: str) -> None:
+    texts = _texts(speed_up.draw(_content(_rows(op))))
+    peft = "peft" in {each.name for each in METHODS[op].providers}
+    assert ("over eager\nor peft" in texts, "over\neager" in texts) == (peft, not peft)
+
+
 def test_a_point_is_work_over_bytes_and_over_time() -> None:
     case = METHODS["lora"].of_suite(CPU)[0]
     work = METHODS["lora"].work(case, BOTH, OURS)
@@ -192,3 +222,24 @@ def test_committed_results_of_older_formats_can_be_drawn(tmp_path: Path) -> None
     folder = Path(__file__).parents[2] / "bench" / "results"
     for path in folder.glob("*.json"):
         assert len(plots.draw(path, tmp_path)) == 3
+
+
+@pytest.mark.parametrize("spread", [1.2, 8.0, 200.0, 5000.0])
+def test_numbers_below_an_axis_do_not_overlap(spread: float) -> None:
+    rows = _rows("lora", 1)
+    for row in rows:
+        if row.provider == "eager" and row.timing is not None:
+            ms = LEAST[OURS] * spread
+            rows[rows.index(row)] = _row(row.case, row.direction, "eager", ms)
+    figure = speed_up.draw(_content(rows))
+    figure.canvas.draw()
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        labels = [
+            label.get_window_extent()
+            for place, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+            if low <= place <= high
+        ]
+        assert len(labels) >= 2
+        for left, right in itertools.pairwise(labels):
+            assert left.x1 < right.x0

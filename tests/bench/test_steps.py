@@ -36,6 +36,12 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     assert Asked(ops=["lora", "lore"]).refused() == f"--op lore: there are {', '.join(METHODS)}"
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_seconds_that_are_no_time_are_refused(seconds: float) -> None:
+    assert Asked(seconds=0.01).refused() is None
+    assert Asked(seconds=seconds).refused() == f"--seconds {seconds:g}: must be a number above 0"
+
+
 @pytest.mark.parametrize("op", METHODS)
 def test_every_baseline_of_a_method_can_be_named(op: str) -> None:
     method = METHODS[op]
@@ -84,3 +90,4 @@ def test_a_small_case_that_fails_its_gate_has_no_host_time() -> None:
     rows = [row for row in found.rows() if row.provider == OURS]
     assert len(rows) == len(DIRECTIONS) and all(row.status == FAILED for row in rows)
     assert found.hosts == []
+    assert found.profiles == {}

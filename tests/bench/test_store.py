@@ -175,11 +175,13 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
 def test_run_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     for options in (
         ("--cases", "no such case"), ("--op", "no such op"), ("--baseline", "no such baseline"),
+        ("--seconds", "-1"), ("--output", str(tmp_path / "file" / "folder")),
     ):  # fmt: skip
+        (tmp_path / "file").touch()
         run = quick_run(tmp_path, *options)
         _, error = run.communicate(timeout=60)
-        assert run.returncode == 2 and options[1] in error
-    assert list(tmp_path.iterdir()) == []
+        assert run.returncode == 2 and options[1] in error and "Traceback" not in error
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("op", ["lora", "adapter", "prefix", "prompt"])

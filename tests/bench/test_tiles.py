@@ -119,6 +119,18 @@ def test_every_entry_of_every_family_is_described(
     assert len(entries) == len(TARGETS) - 2 * (family != "sm_90")  # blocks of 128 ranks
 
 
+def test_what_names_no_entry_or_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for options, said in (
+        (["--only", "key 129"], "--only 'key 129': there are prefix/key 128, lora/large, "),
+        (["--json", "/dev/null/out/tiles.json"], "nothing can be written to /dev/null/out: "),
+    ):
+        with pytest.raises(SystemExit):
+            chooser.main(["sm_86", "--counted", *options])
+        assert said in capsys.readouterr().err
+
+
 def test_what_limits_the_programs_of_a_multiprocessor() -> None:
     tile = _tile("prefix", "64x64x4x2", "key 128")
     assert offline._blocks("sm_90", 168, 30.0, tile) == (3, "registers")

@@ -188,6 +188,25 @@ def test_no_gpu_is_said_where_none_was_waived(tmp_path: Path) -> None:
         tune.main([str(tmp_path / "tiles.json"), "5"])
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("out", "seconds", "only", "said"),
+    [
+        ("tiles.json", "0", "", "seconds must be a number above 0, got 0"),
+        ("tiles.json", "5", "key 129", "--only 'key 129': there are prefix/key 128, "),
+        ("file/tiles.json", "5", "", "nothing can be written to "),
+    ],
+)
+def test_what_tunes_nothing_is_refused_before_it_begins(
+    out: str, seconds: str, only: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        tune.main([str(tmp_path / out), seconds, "--dry", "--only", only])
+    assert said in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.gpu
 def test_tiles_are_compiled_tried_and_timed_on_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "tiles.json"

@@ -15,7 +15,7 @@ import cuda_build
 import pytest
 
 import peft_kernels
-from bench import pages
+from bench import pages, plots, readme
 from tests.examples_in_text import blocks, keeps, printed, promised
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,7 +157,7 @@ def test_links_of_what_is_included_lead_to_pages(include: ModuleType) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the site as ``make docs`` does."""
-    for name in ("material", "mkdocstrings"):
+    for name in ("material", "mkdocstrings", "matplotlib"):
         pytest.importorskip(name)
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
@@ -188,6 +188,19 @@ def test_the_site_shows_maths_tables_and_examples(site: Path) -> None:
     assert '"include"' not in shown and "Make the layer" not in shown
     attributes = shown[shown.index("Attributes:") : shown.index("Raises:")]
     assert "lora_A" in attributes and "Parameter" not in attributes
+
+
+def test_the_site_draws_the_results_that_the_benchmarks_are_made_of(site: Path) -> None:
+    page = site / "benchmarks" / "index.html"
+    shown = re.findall(r'<img alt="[^"]+" src="([^"]+)"', page.read_text(encoding="utf-8"))
+    results = [
+        readme.source_of((ROOT / "README.md").read_text("utf-8")),
+        pages.ON_GPU / "rows.json",
+    ]
+    wanted = [f"{each.stem}-{name}.png" for each in results for name in plots.FIGURES]
+    assert [each.rpartition("/")[2] for each in shown] == wanted
+    assert all((page.parent / each).read_bytes().startswith(b"\x89PNG") for each in shown)
+    assert '"figures"' not in _text(page)
 
 
 def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:

@@ -266,6 +266,9 @@ def attach_prefixes(
 def detach_prefixes(model: nn.Module) -> None:
     """Undo ``attach_prefixes``: the prefixes are gone, the attention is what it was.
 
+    Args:
+        model: what ``attach_prefixes`` was given, or a module around it.
+
     Raises:
         TypeError: there is no transformers model in ``model``.
         ValueError: no prefixes are attached.
