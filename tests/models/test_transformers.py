@@ -67,6 +67,13 @@ def bert() -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
+def llama4() -> nn.Module:
+    config = transformers.Llama4TextConfig(
+        **ROTARY, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 FAMILIES = {"llama": llama, "qwen": qwen, "mistral": mistral, "gpt2": gpt2, "bert": bert}
 CAUSAL = ("llama", "qwen", "mistral", "gpt2")
 
@@ -416,12 +423,7 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
     attach_prefixes(gemma, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="softcap: a soft cap on the scores has no kernel"):
         gemma(**given)
-    chunked = transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(
-            **ROTARY, head_dim=8, attention_chunk_size=4, num_local_experts=2,
-            intermediate_size_mlp=48,
-        )
-    )  # fmt: skip
+    chunked = llama4()
     attach_prefixes(chunked, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="chunked attention has no kernel"):
         chunked(**given)
