@@ -239,7 +239,7 @@ class PrefixAttention(VirtualTokens):
         is_causal: bool,
     ) -> dict[str, Any]:
         """Return the options of ``prefix_attention`` that a call means, checked."""
-        meanings.check_inputs(query, key, value, self._widths(), self.out_proj.weight.dtype)
+        meanings.check_inputs(query, key, value, self._widths(), self._projections()[0].dtype)
         meanings.check_weights_unneeded(need_weights)
         meanings.check_masks(attn_mask, is_causal, self.causal, query.shape[1], key.shape[1])
         return {
