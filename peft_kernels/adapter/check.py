@@ -73,7 +73,9 @@ def check_weights(
 
     Returns whether all are plain tensors of one dtype on one device, see ``checks.uniform``.
     """
-    plain = checks.uniform(x, down_weight, up_weight, down_bias, up_bias)
+    # Of these the biases alone may be None.
+    missing = down_weight is None or up_weight is None
+    plain = not missing and checks.uniform(x, down_weight, up_weight, down_bias, up_bias)
     if not plain:
         checks.check_tensor("x", x)
         checks.check_tensor("down_weight", down_weight)

@@ -25,7 +25,7 @@ from peft_kernels.adapter.dispatch import (
 )
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply, once_differentiable
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
 from peft_kernels.core.operands import arrived, gradient_of
 
 
@@ -109,6 +109,7 @@ class AdapterFunction(torch.autograd.Function):
 
 
 _apply = eager_apply(AdapterFunction)
+_traced_apply = traced_apply(AdapterFunction)
 
 
 def adapter(
@@ -217,7 +218,7 @@ def call(
     # A tensor while tracing: a float would compile one graph per value.
     apply: Callable[..., Tensor] = _apply
     if torch.compiler.is_compiling():
-        apply = AdapterFunction.apply
+        apply = _traced_apply
         if not isinstance(factor, Tensor):
             factor = torch.full((), factor, dtype=scale_dtype(dtype), device=device)
     arguments = (

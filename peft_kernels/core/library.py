@@ -64,6 +64,22 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+def traced_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return ``function.apply`` for a traced call, which refuses one tensor in two places.
+
+    The second is given as a view of the first, such as a key that is the value too.
+    """
+
+    def apply(*args: Any) -> Any:
+        single: list[Any] = []
+        for each in args:
+            again = isinstance(each, torch.Tensor) and any(each is other for other in single)
+            single.append(each.view_as(each) if again else each)
+        return function.apply(*single)
+
+    return apply
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Do what torch's ``once_differentiable`` does, at no cost while gradients are not recorded.
 

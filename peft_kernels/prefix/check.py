@@ -207,7 +207,8 @@ def check_call(
     named: dict[str, Tensor | None] = {
         "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value,
     }  # fmt: skip
-    uniform = checks.uniform(query, key, value, prefix_key, prefix_value)
+    missing = key is None or value is None or prefix_key is None or prefix_value is None
+    uniform = not missing and checks.uniform(query, key, value, prefix_key, prefix_value)
     if not uniform:
         checks.check_tensor("query", query)
         for name, tensor in named.items():

@@ -218,19 +218,10 @@ class PrefixAttention(VirtualTokens):
 
         Raises:
             ValueError: weights are asked for, a mask of its own, shapes that disagree.
-            TypeError: a padding mask of another dtype.
+            TypeError: inputs of another dtype than the layer's, a padding mask of another dtype.
         """
-        key = query if key is None else key
-        value = key if value is None else value
-        single = query.dim() == 2
-        if single:
-            same = query is key, key is value
-            query = query[None]
-            key = query if same[0] else key[None]
-            value = key if same[1] else value[None]
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask[None]
-        options = self._options(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+        query, key, value, mask, single = meanings.batched(query, key, value, key_padding_mask)
+        options = self._options(query, key, value, mask, need_weights, attn_mask, is_causal)
         q, k, v = self._projected(query, key, value)
         prefix_key, prefix_value = self.virtual_tokens()
         out = op.prefix_attention(q, k, v, prefix_key, prefix_value, gate=self.gate, **options)
@@ -241,15 +232,14 @@ class PrefixAttention(VirtualTokens):
         self,
         query: Tensor,
         key: Tensor,
-        key_padding_mask: Tensor | None,
+        value: Tensor,
+        key_padding_mask: object,
         need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> dict[str, Any]:
         """Return the options of ``prefix_attention`` that a call means, checked."""
-        for name, tensor in (("query", query), ("key", key)):
-            if tensor.dim() != 3:
-                raise ValueError(f"{name} must have shape [B, S, E], got {list(tensor.shape)}")
+        meanings.check_inputs(query, key, value, self._widths(), self._projections()[0].dtype)
         meanings.check_weights_unneeded(need_weights)
         meanings.check_masks(attn_mask, is_causal, self.causal, query.shape[1], key.shape[1])
         return {
@@ -265,6 +255,12 @@ class PrefixAttention(VirtualTokens):
         if self.in_proj_weight is not None:
             return (self.in_proj_weight,)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
+    def _widths(self) -> tuple[int, int, int]:
+        """Return how wide query, key and value are."""
+        weights = self._projections()
+        query, key, value = weights * 3 if len(weights) == 1 else weights
+        return query.shape[1], key.shape[1], value.shape[1]
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Return query [B, Hq, S, d], key and value [B, Hkv, T, d], in one product if they can."""
@@ -303,13 +299,13 @@ def _check_heads(embed_dim: int, heads: int, kv_heads: int) -> None:
 
 
 def _explain(
-    layer: PrefixAttention, query: Tensor, key: Tensor | None = None, *args: Any, **kwargs: Any
+    layer: PrefixAttention, *args: Any, **kwargs: Any
 ) -> tuple[backends.Op, op.PrefixSpec, str | None]:
     """Return what decides the backend of a call: shapes alone, nothing is projected."""
 
     def call(
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
@@ -317,7 +313,8 @@ def _explain(
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[backends.Op, op.PrefixSpec, str | None]:
-        options = layer._options(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+        query, key, value, mask, _ = meanings.batched(query, key, value, key_padding_mask)
+        options = layer._options(query, key, value, mask, need_weights, attn_mask, is_causal)
 
         def heads(x: Tensor, count: int) -> Tensor:
             return x.new_empty(()).expand(x.shape[0], count, x.shape[1], layer.head_dim)
@@ -328,7 +325,7 @@ def _explain(
             heads(query, layer.num_heads), keys, keys, prefix, prefix, gate=layer.gate, **options
         )
 
-    return call(query, query if key is None else key, *args, **kwargs)
+    return call(*args, **kwargs)
 
 
 backends.explains(PrefixAttention, _explain)

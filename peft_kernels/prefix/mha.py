@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.core.checks import describe
+from peft_kernels.core.checks import autocast_enabled, describe
 
 
 def check_mha(mha: object) -> nn.MultiheadAttention:
@@ -34,6 +34,78 @@ def check_mha(mha: object) -> nn.MultiheadAttention:
     if mha.add_zero_attn:
         raise ValueError("mha has add_zero_attn=True, which the fused kernels do not know")
     return mha
+
+
+def batched(
+    query: object, key: object, value: object, key_padding_mask: object
+) -> tuple[Tensor, Tensor, Tensor, object, bool]:
+    """Return the inputs of a call as [B, S, E], the mask beside them, and whether B was left out.
+
+    What is one tensor stays one: key left out is query, value left out is key.
+
+    Raises:
+        TypeError: not a tensor, or a nested one.
+        ValueError: another number of dimensions.
+    """
+    key = query if key is None else key
+    value = key if value is None else value
+    named = {"query": query, "key": key, "value": value}
+    tensors = [_dense(name, each) for name, each in named.items()]
+    query, key, value = tensors
+    for name, tensor in zip(named, tensors, strict=True):
+        if tensor.dim() not in (2, 3) or tensor.dim() != query.dim():
+            raise ValueError(
+                f"{name} must have shape [B, S, E], or all three [S, E], got {list(tensor.shape)} "
+                f"beside query {list(query.shape)}"
+            )
+    if query.dim() == 3:
+        return query, key, value, key_padding_mask, False
+    if isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 1:
+        key_padding_mask = key_padding_mask[None]
+    of_one = {id(each): each[None] for each in tensors}
+    query, key, value = (of_one[id(each)] for each in tensors)
+    return query, key, value, key_padding_mask, True
+
+
+def _dense(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, which nn.TransformerEncoder makes of padding in "
+            f"evaluation: set use_nested_tensor = False on it, or put the layer there with "
+            f"peft_kernels.replace, which does"
+        )
+    return value
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, widths: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Check batched inputs against each other and against the projections.
+
+    Raises:
+        TypeError: another dtype than that of the projections, without autocast.
+        ValueError: other widths, or a value for other keys.
+    """
+    named = {"query": query, "key": key, "value": value}
+    for (name, tensor), width in zip(named.items(), widths, strict=True):
+        if tensor.shape[2] != width:
+            raise ValueError(
+                f"{name} must be {width} wide, as the layer's projection is, got "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.dtype != dtype and not autocast_enabled(tensor.device):
+            raise TypeError(
+                f"{name} is {tensor.dtype} and the layer is {dtype}: cast one of them, or run "
+                f"under torch.autocast({tensor.device.type!r})"
+            )
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch of {query.shape[0]}, got {list(key.shape)}")
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"value must have a row for each key, {list(key.shape[:2])}, got {list(value.shape)}"
+        )
 
 
 def key_mask(key_padding_mask: object, batch: int, keys: int) -> Tensor | None:

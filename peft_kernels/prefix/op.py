@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply, once_differentiable
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
 from peft_kernels.core.operands import arrived, gradient_of
 from peft_kernels.prefix import check
 from peft_kernels.prefix.dispatch import (
@@ -99,6 +99,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
 
 
 _apply = eager_apply(PrefixAttentionFunction)
+_traced_apply = traced_apply(PrefixAttentionFunction)
 
 
 @overload
@@ -246,7 +247,7 @@ def prefix_attention(
     apply: Callable[..., tuple[Tensor, Tensor]] = _apply
     run_scale: float | Tensor | None = options.scale
     if torch.compiler.is_compiling():
-        apply = PrefixAttentionFunction.apply
+        apply = _traced_apply
         run_scale = _traced_scale(options.scale, query.shape[3])
     arguments = (
         query, key, value, prefix_key, prefix_value, gate, key_mask, cu_seqlens, seed, run_scale,

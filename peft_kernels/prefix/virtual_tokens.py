@@ -31,7 +31,7 @@ class VirtualTokens(nn.Module):
         gate: [Hq], or None.
 
     Raises:
-        ValueError: sizes below 1 (``num_virtual_tokens``: 0).
+        ValueError: sizes below 1 (``num_virtual_tokens``: 0), or one of an MLP that there is not.
     """
 
     prefix_key: nn.Parameter | None
@@ -77,6 +77,11 @@ class VirtualTokens(nn.Module):
     ) -> None:
         """Register the parameters, without values yet."""
         check_count("num_virtual_tokens", num_virtual_tokens, least=0)
+        if projection_hidden is not None and not prefix_projection:
+            raise ValueError(
+                f"projection_hidden is the size of the MLP behind the prefix, got "
+                f"{projection_hidden!r} without prefix_projection=True"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.num_virtual_tokens = num_virtual_tokens
 

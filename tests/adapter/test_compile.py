@@ -52,6 +52,18 @@ def test_fullgraph_under_autocast_with_float32_parameters() -> None:
     assert found["y"].dtype == torch.bfloat16 and found["d down_weight"].dtype == torch.float32
 
 
+def test_an_input_given_as_residual_too_compiles() -> None:
+    tensors = problem((3, 5), 16, 4).inputs()
+    x = tensors["x"]
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    found = []
+    for each in (compiled, adapter):
+        y = each(**tensors, residual=x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(tensors.values()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_no_recompilation_from_the_third_distinct_scale_on() -> None:
     tensors = problem(4, 16, 4).inputs()
     counter = CompileCounter()

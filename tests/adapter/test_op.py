@@ -22,6 +22,7 @@ def _arguments(**changes: Any) -> dict[str, Any]:
 
 BAD = [
     ({"x": [1.0]}, TypeError, "x must be a torch.Tensor"),
+    ({"up_weight": None}, TypeError, "up_weight must be a torch.Tensor, got None"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \[..., D\]"),
     ({"x": torch.randn(4, 9)}, ValueError, r"x must have shape \[..., 8\].*\[4, 9\]"),
     ({"x": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "x must be float64.*torch.int64"),

@@ -67,6 +67,13 @@ def bert() -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
+def llama4() -> nn.Module:
+    config = transformers.Llama4TextConfig(
+        **ROTARY, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 FAMILIES = {"llama": llama, "qwen": qwen, "mistral": mistral, "gpt2": gpt2, "bert": bert}
 CAUSAL = ("llama", "qwen", "mistral", "gpt2")
 
@@ -416,12 +423,7 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
     attach_prefixes(gemma, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="softcap: a soft cap on the scores has no kernel"):
         gemma(**given)
-    chunked = transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(
-            **ROTARY, head_dim=8, attention_chunk_size=4, num_local_experts=2,
-            intermediate_size_mlp=48,
-        )
-    )  # fmt: skip
+    chunked = llama4()
     attach_prefixes(chunked, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="chunked attention has no kernel"):
         chunked(**given)
@@ -508,6 +510,25 @@ def test_a_pickled_model_is_whole_in_another_process(tmp_path: Path) -> None:
         "torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-5)\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("value_size", [12, 8])
+def test_latent_attention_has_a_prefix_where_keys_and_values_are_of_one_size(
+    value_size: int,
+) -> None:
+    torch.manual_seed(1)
+    config = transformers.DeepseekV3Config(
+        **{**ROTARY, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=8, v_head_dim=value_size, first_k_dense_replace=2,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
+    if value_size == 8:
+        with pytest.raises(ValueError, match="heads of 12 for keys and of 8 for values: head size"):
+            attach_prefixes(model, num_virtual_tokens=VIRTUAL)
+        assert model.config._attn_implementation != IMPLEMENTATION
+        return
+    attach_prefixes(model, num_virtual_tokens=VIRTUAL)
+    assert_is_dense_attention(model, batch("left"))
 
 
 def test_models_without_the_interface_are_refused() -> None:

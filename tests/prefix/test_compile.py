@@ -54,6 +54,20 @@ def test_fullgraph_under_autocast_with_a_float32_prefix() -> None:
     assert out.dtype == torch.bfloat16 and inputs["prefix_key"].grad.dtype == torch.float32
 
 
+def test_a_key_that_is_the_value_too_compiles() -> None:
+    inputs = {name: t for name, t in problem().inputs().items() if "value" not in name}
+
+    def call(query: torch.Tensor, key: torch.Tensor, prefix_key: torch.Tensor) -> torch.Tensor:
+        return prefix_attention(query, key, key, prefix_key, prefix_key)
+
+    found = []
+    for each in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        out = each(**inputs)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_no_recompilation_from_the_third_distinct_scale_on() -> None:
     tensors = problem().inputs()
     counter = CompileCounter()

@@ -257,6 +257,18 @@ def test_an_encoder_layer_does_not_pass_it_by_in_evaluation() -> None:
     assert encoder(X, src_mask=causal, is_causal=True).shape == X.shape
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_that_makes_padding_nested_is_told_how_to_stop() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HEADS, 64, batch_first=True), 2)
+    for each in encoder.layers:
+        each.self_attn = layer(mha=each.self_attn)
+    encoder.requires_grad_(False).eval()
+    with pytest.raises(TypeError, match="query is a nested tensor.*set use_nested_tensor = False"):
+        encoder(X, src_key_padding_mask=IGNORED.flip(1))
+    encoder.use_nested_tensor = False
+    assert encoder(X, src_key_padding_mask=IGNORED.flip(1)).shape == X.shape
+
+
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"need_weights": True}, ValueError, "need_weights=True: the attention weights are never"),
     ({"attn_mask": torch.zeros(7, 7)}, ValueError, "attn_mask has no kernel unless it is the"),
@@ -265,6 +277,14 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key_padding_mask": IGNORED[:, 1:]}, ValueError, r"key_padding_mask must have .*\[2, 7\]"),
     ({"key_padding_mask": torch.ones(2, 7)}, ValueError, "key_padding_mask must hold 0"),
     ({"query": X[None]}, ValueError, r"query must have shape \[B, S, E\]"),
+    ({"query": X[0], "key": OTHER}, ValueError, r"key must have shape .*got \[2, 5, 32\]"),
+    ({"query": X.tolist()}, TypeError, "query must be a torch.Tensor"),
+    ({"query": X[..., 1:]}, ValueError, r"query must be 32 wide, .*got \[2, 7, 31\]"),
+    ({"key": OTHER, "value": OTHER[..., 1:]}, ValueError, r"value must be 32 wide"),
+    ({"query": X.double()}, TypeError, "query is torch.float64 and the layer is torch.float32"),
+    ({"key": OTHER[:1]}, ValueError, r"key must have query's batch of 2, got \[1, 5, 32\]"),
+    ({"key": OTHER, "value": X}, ValueError, r"value must have a row .*\[2, 5\], got \[2, 7, 32\]"),
+    ({"query": X[0], "key_padding_mask": [False] * 7}, TypeError, "key_padding_mask must be a bo"),
 ]
 
 
@@ -282,6 +302,7 @@ BAD_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"num_kv_heads": 0}, "num_kv_heads must be an integer of at least 1, got 0"),
     ({"num_virtual_tokens": -1}, "num_virtual_tokens must be an integer of at least 0, got -1"),
     ({"prefix_projection": True, "projection_hidden": 0}, "projection_hidden must be an integer"),
+    ({"projection_hidden": 8}, "projection_hidden .*got 8 without prefix_projection=True"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
 ]
 
@@ -339,6 +360,7 @@ def test_what_it_is_is_shown_and_explained() -> None:
     assert explain(made, X).op == "prefix_attention"
     made.backend = "reference"
     assert explain(made, X, X, X).backend == "reference"
+    assert explain(made, query=X[0], key_padding_mask=IGNORED[0]).backend == "reference"
     with pytest.raises(ValueError, match="need_weights"):
         explain(made, X, need_weights=True)
 

@@ -29,6 +29,8 @@ _PACKED = {"query": torch.randn(1, 4, 7, 16)} | {
 
 BAD = [
     ({"query": [1.0]}, TypeError, "query must be a torch.Tensor"),
+    ({"value": None}, TypeError, "value must be a torch.Tensor, got None"),
+    ({"prefix_key": None}, TypeError, "prefix_key must be a torch.Tensor, got None"),
     ({"query": torch.randn(4, 5, 16)}, ValueError, r"query must have shape \[B, Hq, S, d\]"),
     ({"query": torch.randn(2, 5, 5, 16)}, ValueError, "heads must be a multiple of key's, got 5"),
     ({"query": torch.randn(2, 4, 5, 8)}, ValueError, r"key must have shape \[2, Hkv, T, 8\]"),

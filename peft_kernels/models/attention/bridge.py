@@ -219,9 +219,9 @@ def attach_prefixes(
     Raises:
         TypeError: there is no transformers model in ``model``.
         ValueError: prefixes are attached already, no attention layer was found or a target matched
-            none, a layer does not say whether it is causal or what its window is, or chooses keys
-            by an indexer, the model cannot change its attention, or ``shift_positions`` finds no
-            positions.
+            none, a layer does not say whether it is causal or what its window is, chooses keys by
+            an indexer, or has values of another head size than keys, the model cannot change its
+            attention, or ``shift_positions`` finds no positions.
 
     Attach after ``from_pretrained``, which would not know the prefixes, and load a saved state dict
     then; attach after peft's ``get_peft_model``, which freezes what it finds. A packed batch is for

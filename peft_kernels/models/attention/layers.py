@@ -118,11 +118,21 @@ def prefix_of(
 
 
 def heads_of(layer: nn.Module) -> tuple[int, int, int]:
-    """Return Hq, Hkv and d of an attention layer of any of transformers' namings."""
+    """Return Hq, Hkv and d of an attention layer of any of transformers' namings.
+
+    Raises:
+        ValueError: sizes that go by other names, or keys and values of different head sizes.
+    """
     config: Any = layer.config
     heads = _first(layer, config, "num_heads", "num_attention_heads", "n_heads")
     groups = getattr(layer, "num_key_value_groups", None)
-    size = _first(layer, config, "head_dim", "attention_head_size", "head_size")
+    size = _first(layer, config, "qk_head_dim", "head_dim", "attention_head_size", "head_size")
+    of_values = getattr(layer, "v_head_dim", size)
+    if of_values != size:
+        raise ValueError(
+            f"{type(layer).__name__} has heads of {size} for keys and of {of_values} for values: "
+            f"head sizes that differ have no kernel"
+        )
     return heads, heads // groups if groups else heads, size
 
 

@@ -64,7 +64,10 @@ def prefix_mask(
         cache_position = q_length
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-    parts = dict(_parts(mask_function))
+    # Packed sequences, found where no mask is given, and chunks hold tensors in their patterns.
+    chunked = getattr(kwargs.get("config"), "attention_chunk_size", None)
+    traced = torch.compiler.is_compiling() and attention_mask is not None and not chunked
+    parts = dict((_traced_parts if traced else _parts)(mask_function))
     if "packed_sequence_mask_function" in parts:
         return _offsets(parts["packed_sequence_mask_function"]["packed_sequence_mask"])
     width = kv_length
@@ -142,6 +145,15 @@ def _parts(mask_function: Callable[..., Any] | None) -> Iterator[tuple[str, dict
             f"{kind} has no kernel in peft_kernels_prefix, which knows causal and bidirectional "
             f"attention, sliding windows, padding and packed sequences"
         )
+
+
+@torch.compiler.assume_constant_result
+def _traced_parts(mask_function: Callable[..., Any] | None) -> tuple[tuple[str, Any], ...]:
+    """Return the names of ``_parts``, of a pattern that holds no tensors.
+
+    What a traced function captures cannot be seen: this runs while tracing, on the function itself.
+    """
+    return tuple((name, None) for name, _ in _parts(mask_function))
 
 
 def _offsets(packed: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def why_not(model: Any) -> str | None:
     try:
         layers = self_attention(base, None)
         position_modules(base, layers)
+        sizes = {heads_of(each)[1:] for each in layers.values()}
     except ValueError as reason:
         return str(reason)
     for name in layers:
@@ -154,7 +155,6 @@ def why_not(model: Any) -> str | None:
     found = sorted(getattr(each, "layer_idx", -1) for each in layers.values())
     if found != list(range(config.num_layers)):
         return f"its attention layers are {found}, the prefix has {config.num_layers}"
-    sizes = {heads_of(each)[1:] for each in layers.values()}
     if sizes != {_sizes(config)}:
         return f"its layers have (heads, size) {sorted(sizes)}, the prefix {_sizes(config)}"
     return None
