@@ -86,7 +86,7 @@ def lora_linear(
     lora_b: Tensor,
     bias: Tensor | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | None = None,
@@ -109,7 +109,9 @@ def lora_linear(
         lora_a: down-projection A [r, K], in x's dtype or a wider one.
         lora_b: up-projection B [N, r], likewise.
         bias: base bias [N] or None, likewise.
-        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew.
+        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew. Or a
+            float32 tensor of one element on x's device, which the kernels read when they run and
+            which gets no gradient: for compiled graphs whose adapters are swapped.
         dropout_p: drop probability in [0, 1).
         training: dropout is the identity when False.
         seed: int64 tensor of one element on x's device that fixes the dropout mask, the same on
@@ -136,7 +138,7 @@ def lora_linear(
         torch.Size([2, 5, 16])
     """
     dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
-    factor = checks.check_scale("scale", scale)
+    factor = checks.check_run_time_scale("scale", scale, x.device)
     probability = 0.0
     if training and dropout_p != 0.0:
         probability = checks.check_probability("dropout_p", dropout_p)
@@ -148,10 +150,11 @@ def lora_linear(
         seed = rng.draw_seed(x.device) if seed is None else checks.check_seed(seed, x.device)
     # A tensor while tracing: a float would compile one graph per value.
     apply: Callable[..., Tensor] = _apply
-    run_scale: float | Tensor = factor
+    run_scale = factor
     if torch.compiler.is_compiling():
         apply = LoRALinearFunction.apply
-        run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
+        if not isinstance(factor, Tensor):
+            run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
     if not autocast:
         return apply(*arguments)
@@ -240,7 +243,7 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     given = bound.arguments
     x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
     dtype, _ = check_tensors(x, weight, lora_a, given["lora_b"], given["bias"])
-    checks.check_scale("scale", given["scale"])
+    checks.check_run_time_scale("scale", given["scale"], x.device)
     checks.check_probability("dropout_p", given["dropout_p"])
     backends.check_backend_name(given["backend"])
     dropout = given["training"] and given["dropout_p"] > 0.0

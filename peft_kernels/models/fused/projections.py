@@ -41,7 +41,7 @@ class Projection(NamedTuple):
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None
-    scale: float
+    scale: float | Tensor
     dropout_p: float
 
 
