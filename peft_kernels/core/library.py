@@ -4,8 +4,8 @@ A launcher writes into tensors that Python allocated and returns nothing. Regist
 out-variant it needs no fake implementation and no autograd formula of its own: the
 ``autograd.Function`` around it is traced, the launcher stays opaque. In eager mode the launcher is
 called directly, because a dispatcher hop costs more host time than the whole Python side; not so
-where something listens to the dispatcher or tensors have no data (fake tensors, ``make_fx``, FLOP
-counters, selective checkpointing), which would see nothing, or a kernel that writes to nowhere.
+where tensors have no data (fake tensors) or what runs is recorded (``make_fx``): a launcher would
+write to nowhere, or leave nothing in the record.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def out_variant_op(
 
     Returns:
         A function with the launcher's parameters, positional: the op while ``torch.compile``
-        traces or a ``TorchDispatchMode`` is active, the launcher itself otherwise.
+        or ``make_fx`` traces and for fake tensors, the launcher itself otherwise.
     """
     op = torch.library.custom_op(
         f"peft_kernels::{name}", launcher, mutates_args=writes, schema=schema
@@ -45,12 +45,21 @@ def out_variant_op(
     def run(*args: object) -> None:
         if is_compiling():
             op(*args)
-        elif modes() or type(_first(args)) is FakeTensor:
+        elif (modes() and _traces()) or type(_first(args)) is FakeTensor:
             op(*_with_tensors(args, kinds))
         else:
             launcher(*args)
 
     return run
+
+
+def _traces() -> bool:
+    """Return whether a mode of torch's own stands between a call and its tensors' data."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    )
 
 
 def _first(args: tuple[object, ...]) -> Any:
