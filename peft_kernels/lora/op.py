@@ -24,7 +24,8 @@ from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lor
 class LoRALinearFunction(torch.autograd.Function):
     """y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ, its gradients written out.
 
-    Saved for backward: x and the parameters as they were given, the seed, and s [M, r].
+    Saved for backward: the parameters as they were given, the seed, s [M, r], and x where A or the
+    weight is trained.
     """
 
     @staticmethod
@@ -49,9 +50,13 @@ class LoRALinearFunction(torch.autograd.Function):
         s = like.new_empty(math.prod(leading), lora_a.shape[0])
         lora_forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, backend, y, s)
         scale_tensor = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed, scale_tensor)
+        needed = ctx.needs_input_grad
+        kept = x if needed[2] or needed[1] else None
+        ctx.save_for_backward(kept, weight, lora_a, lora_b, s, seed, scale_tensor)
         bias_dtype = None if bias is None else bias.dtype
-        ctx.options = None if scale_tensor is not None else scale, dropout_p, backend, bias_dtype
+        shape = x.shape, x.dtype
+        number = None if scale_tensor is not None else scale
+        ctx.options = number, dropout_p, backend, bias_dtype, shape
         return y
 
     @staticmethod
@@ -62,9 +67,11 @@ class LoRALinearFunction(torch.autograd.Function):
             return (None,) * 10
         dy = arrived(dy)
         x, weight, lora_a, lora_b, s, seed, scale = ctx.saved_tensors
-        number, dropout_p, backend, bias_dtype = ctx.options
+        number, dropout_p, backend, bias_dtype, (shape, dtype) = ctx.options
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dx = gradient_of(x) if need_x else None
+        if x is None:
+            x = s.new_empty(shape[-1]).expand(shape)  # of that shape, and never read
+        dx = dy.new_empty(shape, dtype=dtype) if need_x else None
         dweight = gradient_of(weight) if need_weight else None
         da = gradient_of(lora_a) if need_a else None
         db = gradient_of(lora_b) if need_b else None
@@ -101,7 +108,8 @@ def lora_linear(
     A, B and s to the dtype of x.
 
     Dropout acts on the input of A only, regenerated in backward from ``seed``; nothing of the size
-    of x or y is stored. Backward saves x itself and s = scale · drop(x) Aᵀ, [M, r].
+    of x or y is stored. Backward saves s = scale · drop(x) Aᵀ, [M, r], and x itself, not even that
+    where neither A nor the weight is trained.
 
     Args:
         x: activations [..., K]; float64, float32, float16 or bfloat16, any strides, 0 rows allowed.

@@ -190,6 +190,32 @@ def test_a_scale_may_be_a_tensor_that_is_read_at_run_time(backend: str | None) -
         y.sum().backward()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tokens", [64, 3, (2, 0), (5, 130)])
+def test_x_is_kept_only_for_the_gradients_of_a_and_the_weight(
+    tokens: int | tuple[int, ...], autocast: bool, backend: str | None
+) -> None:
+    # LoRA-FA trains B alone, to keep no activations.
+    given = problem(tokens, 48, 40, 4, dropout_p=0.3)
+    results = []
+    for frozen in (False, True):
+        inputs = given.inputs()
+        x, weight, lora_a, lora_b, bias = inputs
+        weight.requires_grad_(not frozen)
+        lora_a.requires_grad_(not frozen)
+
+        def run(inputs: list[Tensor] = inputs) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return fused(given, inputs, backend)
+
+        y = run()
+        results.append(torch.autograd.grad(y, [x, lora_b, bias], given.dy.to(y.dtype)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    s_bytes = x.numel() // 40 * 4 * (2 if autocast else 4)
+    assert _saved_bytes(lambda: [run()], [weight, lora_a, lora_b]) == s_bytes + 8
+
+
 def test_inputs_are_never_written_to() -> None:
     given = problem(9, 6, 8, 2, dropout_p=0.2)
     inputs = given.inputs()
