@@ -298,6 +298,19 @@ def test_a_projection_that_attention_never_calls_is_skipped() -> None:
     assert torch.equal(actual, expected)
 
 
+def test_nested_tensors_run_pefts_forward(fused_calls: list[float]) -> None:
+    model, plain = pair(
+        LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False),
+        nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8)),
+    )
+    accelerate(model, strict=True)
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    ids = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for actual, expected in zip(model(ids).unbind(), plain(ids).unbind(), strict=True):
+        assert torch.equal(actual, expected)
+    assert not fused_calls
+
+
 def test_variants_of_lora_are_skipped_and_run_as_before(fused_calls: list[float]) -> None:
     base = llama()
     config = lora_config(target_modules=["q_proj"])

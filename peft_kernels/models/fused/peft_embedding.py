@@ -72,7 +72,7 @@ class FusedEmbedding(lora.Embedding):
         As for ``FusedLinear``; and where the table renormalises its rows, has gradients that are
         counted or sparse, scales its rows, or is sharded.
         """
-        if self.disable_adapters or self.merged or args:
+        if self.disable_adapters or self.merged or args or getattr(x, "is_nested", False):
             return []
         if any(value is not None for value in kwargs.values()):
             return []

@@ -175,15 +175,17 @@ class FusedLinear(lora.Linear):
         """Return the adapters to apply by the kernel, none where peft's forward must run.
 
         That is so while the layer is disabled or merged, where a call brings arguments of its own
-        (of several adapters in one batch: ``_mixed_batch_forward``), where an adapter is a variant
-        of LoRA (but for DoRA as the first one: a later one acts on the sum of those before), where
-        a scaling is not finite or a dropout drops everything, where hooks are waiting on a module
-        whose weight would be read without calling it (offloading, FSDP on the factors, ZeRO), and
-        where parameters are sharded or narrower than the base's.
+        (of several adapters in one batch: ``_mixed_batch_forward``) or a nested tensor, where an
+        adapter is a variant of LoRA (but for DoRA as the first one: a later one acts on the sum of
+        those before), where a scaling is not finite or a dropout drops everything, where hooks are
+        waiting on a module whose weight would be read without calling it (offloading, FSDP on the
+        factors, ZeRO), and where parameters are sharded or narrower than the base's.
         """
         if self._disable_adapters or self.merged_adapters or args:
             return []
         if kwargs and any(value is not None for value in kwargs.values()):
+            return []
+        if getattr(x, "is_nested", False):
             return []
         variants = self.lora_variant
         known: Any = self._modules["lora_A"]
