@@ -151,6 +151,28 @@ def check_scale(name: str, value: object) -> float:
     return float(value)
 
 
+def check_run_time_scale(name: str, value: object, device: torch.device) -> float | Tensor:
+    """Return ``value`` as a finite float, or as it is where it is a tensor that a kernel can read.
+
+    Raises:
+        TypeError: neither a number nor a float32 tensor.
+        ValueError: not finite; a tensor of several elements, on another device, or with a gradient.
+    """
+    if type(value) is float or not isinstance(value, Tensor):
+        return check_scale(name, value)
+    if value.dtype != torch.float32:
+        raise TypeError(
+            f"{name} must be a number (alpha / r) or a float32 tensor, got {describe(value)}"
+        )
+    if value.numel() != 1 or value.device != device or value.requires_grad:
+        gradient = ", that requires a gradient" if value.requires_grad else ""
+        raise ValueError(
+            f"{name} must be a number (alpha / r) or a tensor of one element on {device} that gets "
+            f"no gradient, got {describe(value)}{gradient}"
+        )
+    return value
+
+
 def check_seed(value: object, device: torch.device, name: str = "seed") -> Tensor:
     """Return ``value`` checked as a dropout seed: an int64 tensor of one element on ``device``."""
     if not isinstance(value, Tensor):

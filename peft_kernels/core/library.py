@@ -3,7 +3,9 @@
 A launcher writes into tensors that Python allocated and returns nothing. Registered as an
 out-variant it needs no fake implementation and no autograd formula of its own: the
 ``autograd.Function`` around it is traced, the launcher stays opaque. In eager mode the launcher is
-called directly, because a dispatcher hop costs more host time than the whole Python side.
+called directly, because a dispatcher hop costs more host time than the whole Python side; not so
+where tensors have no data (fake tensors) or what runs is recorded (``make_fx``): a launcher would
+write to nowhere, or leave nothing in the record.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def out_variant_op(
@@ -28,21 +31,56 @@ def out_variant_op(
 
     Returns:
         A function with the launcher's parameters, positional: the op while ``torch.compile``
-        traces, the launcher itself in eager mode.
+        or ``make_fx`` traces and for fake tensors, the launcher itself otherwise.
     """
     op = torch.library.custom_op(
         f"peft_kernels::{name}", launcher, mutates_args=writes, schema=schema
     )
 
-    is_compiling = torch.compiler.is_compiling  # looked up once, not in every call
+    registered = getattr(torch.ops.peft_kernels, name).default
+    kinds = [str(each.type) for each in registered._schema.arguments]
+    # Looked up once, not in every call.
+    is_compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
     def run(*args: object) -> None:
         if is_compiling():
             op(*args)
+        elif (modes() and _traces()) or type(_first(args)) is FakeTensor:
+            op(*_with_tensors(args, kinds))
         else:
             launcher(*args)
 
     return run
+
+
+def _traces() -> bool:
+    """Return whether a mode of torch's own stands between a call and its tensors' data."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    )
+
+
+def _first(args: tuple[object, ...]) -> Any:
+    """Return the first tensor; ops begin with one, or with a list of them."""
+    first = args[0]
+    return first[0] if type(first) is list else first
+
+
+def _with_tensors(args: tuple[object, ...], kinds: list[str]) -> list[object]:
+    """Return ``args`` with a 0-d tensor for each number that the schema takes as a tensor."""
+    first = _first(args)
+
+    def made(value: object, kind: str) -> object:
+        if isinstance(value, (list, tuple)):
+            return [made(each, kind) for each in value]
+        if "Tensor" not in kind or not isinstance(value, (int, float)):
+            return value
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        return first.new_full((), value, dtype=dtype)
+
+    return [made(value, kind) for value, kind in zip(args, kinds, strict=True)]
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

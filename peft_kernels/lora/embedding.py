@@ -93,7 +93,7 @@ def lora_embedding(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     padding_idx: int | None = None,
 ) -> Tensor:
     """Return ``E[ids] + scale · A[:, ids]ᵀ Bᵀ``: an embedding with LoRA, differentiable in E, A, B.
@@ -107,7 +107,8 @@ def lora_embedding(
         weight: embedding table E [V, D], usually frozen; any float dtype.
         lora_a: A [r, V], in the table's dtype or a wider one.
         lora_b: B [D, r], likewise.
-        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew.
+        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew. Or a
+            float32 tensor of one element on the table's device, without a gradient.
         padding_idx: row of E, and column of A, that get no gradient, as in ``nn.Embedding``; None
             for none.
 
@@ -131,14 +132,15 @@ def lora_embedding(
         True
     """
     _check(input_ids, weight, lora_a, lora_b)
-    factor = checks.check_scale("scale", scale)
+    factor = checks.check_run_time_scale("scale", scale, weight.device)
     padding = -1 if padding_idx is None else _check_padding(padding_idx, weight.shape[0])
     # A tensor while tracing: a float would compile one graph per value.
     apply: Callable[..., Tensor] = _apply
-    run_scale: float | Tensor = factor
+    run_scale = factor
     if torch.compiler.is_compiling():
         apply = LoRAEmbeddingFunction.apply
-        run_scale = torch.full((), factor, dtype=_wide(weight.dtype), device=weight.device)
+        if not isinstance(factor, Tensor):
+            run_scale = torch.full((), factor, dtype=_wide(weight.dtype), device=weight.device)
     arguments = (input_ids, weight, lora_a, lora_b, run_scale, padding)
     if not checks.autocast_enabled(weight.device):
         return apply(*arguments)

@@ -24,7 +24,8 @@ from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lor
 class LoRALinearFunction(torch.autograd.Function):
     """y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ, its gradients written out.
 
-    Saved for backward: x and the parameters as they were given, the seed, and s [M, r].
+    Saved for backward: the parameters as they were given, the seed, s [M, r], and x where A or the
+    weight is trained.
     """
 
     @staticmethod
@@ -49,9 +50,13 @@ class LoRALinearFunction(torch.autograd.Function):
         s = like.new_empty(math.prod(leading), lora_a.shape[0])
         lora_forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p, backend, y, s)
         scale_tensor = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed, scale_tensor)
+        needed = ctx.needs_input_grad
+        kept = x if needed[2] or needed[1] else None
+        ctx.save_for_backward(kept, weight, lora_a, lora_b, s, seed, scale_tensor)
         bias_dtype = None if bias is None else bias.dtype
-        ctx.options = None if scale_tensor is not None else scale, dropout_p, backend, bias_dtype
+        shape = x.shape, x.dtype
+        number = None if scale_tensor is not None else scale
+        ctx.options = number, dropout_p, backend, bias_dtype, shape
         return y
 
     @staticmethod
@@ -62,9 +67,11 @@ class LoRALinearFunction(torch.autograd.Function):
             return (None,) * 10
         dy = arrived(dy)
         x, weight, lora_a, lora_b, s, seed, scale = ctx.saved_tensors
-        number, dropout_p, backend, bias_dtype = ctx.options
+        number, dropout_p, backend, bias_dtype, (shape, dtype) = ctx.options
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dx = gradient_of(x) if need_x else None
+        if x is None:
+            x = s.new_empty(shape[-1]).expand(shape)  # of that shape, and never read
+        dx = dy.new_empty(shape, dtype=dtype) if need_x else None
         dweight = gradient_of(weight) if need_weight else None
         da = gradient_of(lora_a) if need_a else None
         db = gradient_of(lora_b) if need_b else None
@@ -86,7 +93,7 @@ def lora_linear(
     lora_b: Tensor,
     bias: Tensor | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | None = None,
@@ -101,7 +108,8 @@ def lora_linear(
     A, B and s to the dtype of x.
 
     Dropout acts on the input of A only, regenerated in backward from ``seed``; nothing of the size
-    of x or y is stored. Backward saves x itself and s = scale · drop(x) Aᵀ, [M, r].
+    of x or y is stored. Backward saves s = scale · drop(x) Aᵀ, [M, r], and x itself, not even that
+    where neither A nor the weight is trained.
 
     Args:
         x: activations [..., K]; float64, float32, float16 or bfloat16, any strides, 0 rows allowed.
@@ -109,7 +117,9 @@ def lora_linear(
         lora_a: down-projection A [r, K], in x's dtype or a wider one.
         lora_b: up-projection B [N, r], likewise.
         bias: base bias [N] or None, likewise.
-        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew.
+        scale: alpha / r (alpha / sqrt(r) for rsLoRA); a new value compiles nothing anew. Or a
+            float32 tensor of one element on x's device, which the kernels read when they run and
+            which gets no gradient: for compiled graphs whose adapters are swapped.
         dropout_p: drop probability in [0, 1).
         training: dropout is the identity when False.
         seed: int64 tensor of one element on x's device that fixes the dropout mask, the same on
@@ -136,7 +146,7 @@ def lora_linear(
         torch.Size([2, 5, 16])
     """
     dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
-    factor = checks.check_scale("scale", scale)
+    factor = checks.check_run_time_scale("scale", scale, x.device)
     probability = 0.0
     if training and dropout_p != 0.0:
         probability = checks.check_probability("dropout_p", dropout_p)
@@ -148,10 +158,11 @@ def lora_linear(
         seed = rng.draw_seed(x.device) if seed is None else checks.check_seed(seed, x.device)
     # A tensor while tracing: a float would compile one graph per value.
     apply: Callable[..., Tensor] = _apply
-    run_scale: float | Tensor = factor
+    run_scale = factor
     if torch.compiler.is_compiling():
         apply = LoRALinearFunction.apply
-        run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
+        if not isinstance(factor, Tensor):
+            run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
     if not autocast:
         return apply(*arguments)
@@ -240,7 +251,7 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     given = bound.arguments
     x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
     dtype, _ = check_tensors(x, weight, lora_a, given["lora_b"], given["bias"])
-    checks.check_scale("scale", given["scale"])
+    checks.check_run_time_scale("scale", given["scale"], x.device)
     checks.check_probability("dropout_p", given["dropout_p"])
     backends.check_backend_name(given["backend"])
     dropout = given["training"] and given["dropout_p"] > 0.0

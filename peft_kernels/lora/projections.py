@@ -36,7 +36,8 @@ _FIXED = 5  # arguments before them
 class LoRAProjectionsFunction(torch.autograd.Function):
     """yᵢ = x Wᵢᵀ + biasᵢ + scaleᵢ · dropᵢ(x) Aᵢᵀ Bᵢᵀ, the gradients written out, one dX.
 
-    Saved for backward: x once, the parameters as they were given, the seeds, and every s [M, r].
+    Saved for backward: the parameters as they were given, the seeds, every s [M, r], and x once,
+    where an A or a weight is trained.
     """
 
     @staticmethod
@@ -62,17 +63,19 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             x, weights, lora_as, lora_bs, biases, seeds, scales, dropout_ps, backend, ys, ss
         )
         tensors = [scale if isinstance(scale, Tensor) else None for scale in scales]
-        ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *ss, *seeds, *tensors)
+        needs_x = True in ctx.needs_input_grad[_FIXED : _FIXED + 2 * count]
+        kept = x if needs_x else None
+        ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *ss, *seeds, *tensors)
         numbers = [None if isinstance(scale, Tensor) else scale for scale in scales]
         bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        ctx.options = count, numbers, dropout_ps, backend, bias_dtypes
+        ctx.options = count, numbers, dropout_ps, backend, bias_dtypes, x.shape, x.dtype
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of every projection's parameters, where needed."""
-        count, numbers, dropout_ps, backend, bias_dtypes = ctx.options
+        count, numbers, dropout_ps, backend, bias_dtypes, shape, dtype = ctx.options
         needed = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * (_FIXED + _KINDS * count)
         x, *saved = ctx.saved_tensors
@@ -80,8 +83,10 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         used = [index for index, dy in enumerate(dys) if dy is not None]
         places: list[int] = []
         outputs: list[Tensor] = []
+        if x is None:
+            x = ss[0].new_empty(shape[-1]).expand(shape)  # of that shape, and never read
         if needed[0] and used:
-            outputs.append(gradient_of(x))
+            outputs.append(ss[0].new_empty(shape, dtype=dtype))
             places.append(0)
             results[0] = outputs[0]
         # In the order of dispatch's Gradients: those of A, B, bias and weight.
@@ -93,8 +98,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
                 if not needed[first + index]:
                     continue
                 if kind == 3:
-                    size, dtype = weights[index].shape[0], bias_dtypes[index]
-                    output = ss[index].new_empty(size, dtype=dtype)
+                    size = weights[index].shape[0]
+                    output = ss[index].new_empty(size, dtype=bias_dtypes[index])
                 else:
                     output = gradient_of(kinds[kind][index])
                 results[first + index] = output

@@ -42,6 +42,10 @@ BAD = [
     ({"bias": torch.randn(6, device="meta")}, ValueError, "bias is on meta while x is on cpu"),
     ({"scale": "2"}, TypeError, "scale must be a number"),
     ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ({"scale": torch.tensor(2)}, TypeError, "scale must be a number.*float32 tensor.*int64"),
+    ({"scale": torch.ones(2)}, ValueError, "scale must be .*one element.*shape \\[2\\]"),
+    ({"scale": torch.ones((), device="meta")}, ValueError, "scale must be .*on cpu.*on meta"),
+    ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale must.*requires a gradient"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
     ({"dropout_p": -0.1}, ValueError, r"dropout_p must lie in \[0, 1\)"),
     ({"dropout_p": True}, TypeError, "dropout_p must be a number"),
@@ -168,6 +172,48 @@ def test_three_projections_of_one_x_save_it_once_and_their_s(autocast: bool) -> 
     seed_bytes = 8
     assert _saved_bytes(run, known) == 3 * (s_bytes + seed_bytes)
     assert _saved_bytes(run, known[1:]) == 3 * (s_bytes + seed_bytes) + x.numel() * 4
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_scale_may_be_a_tensor_that_is_read_at_run_time(backend: str | None) -> None:
+    results = []
+    held = torch.tensor(0.3)
+    given = {name: value.requires_grad_() for name, value in _arguments().items()}
+    for scale in (0.3, held):
+        y = lora_linear(**given, scale=scale, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(given.values()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    y = lora_linear(**given, scale=held, backend=backend)
+    held.fill_(0.4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tokens", [64, 3, (2, 0), (5, 130)])
+def test_x_is_kept_only_for_the_gradients_of_a_and_the_weight(
+    tokens: int | tuple[int, ...], autocast: bool, backend: str | None
+) -> None:
+    # LoRA-FA trains B alone, to keep no activations.
+    given = problem(tokens, 48, 40, 4, dropout_p=0.3)
+    results = []
+    for frozen in (False, True):
+        inputs = given.inputs()
+        x, weight, lora_a, lora_b, bias = inputs
+        weight.requires_grad_(not frozen)
+        lora_a.requires_grad_(not frozen)
+
+        def run(inputs: list[Tensor] = inputs) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return fused(given, inputs, backend)
+
+        y = run()
+        results.append(torch.autograd.grad(y, [x, lora_b, bias], given.dy.to(y.dtype)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    s_bytes = x.numel() // 40 * 4 * (2 if autocast else 4)
+    assert _saved_bytes(lambda: [run()], [weight, lora_a, lora_b]) == s_bytes + 8
 
 
 def test_inputs_are_never_written_to() -> None:

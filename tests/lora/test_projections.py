@@ -128,6 +128,28 @@ def test_x_is_saved_once_and_nothing_of_its_size_beside_it() -> None:
     assert len(ys) == 3
 
 
+def test_x_is_kept_only_for_the_gradients_of_a_and_the_weight() -> None:
+    given = group((3, 20), 40, [(48, 4), (24, 2)], dropout_p=0.1)
+    results = []
+    for frozen in (False, True):
+        inputs = inputs_of(given)
+        for _, weight, lora_a, *_ in inputs:
+            weight.requires_grad_(not frozen)
+            lora_a.requires_grad_(not frozen)
+        places: list[int] = []
+
+        def pack(tensor: Tensor, places: list[int] = places) -> Tensor:
+            places.append(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ys = call(given, inputs)
+        assert (inputs[0][0].data_ptr() in places) is not frozen
+        wanted = [inputs[0][0], *(tensor for own in inputs for tensor in own[3:])]
+        results.append(torch.autograd.grad(sum(y.square().sum() for y in ys), wanted))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_gradients_that_nobody_needs_are_not_made() -> None:
     given = group(9, 8, [(6, 2), (5, 3)])
     inputs = inputs_of(given)

@@ -137,6 +137,18 @@ def test_runs_repeat_bit_for_bit(variant: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_x_is_not_needed_where_neither_a_nor_the_weight_is_trained(variant: str) -> None:
+    given = problem((3, 11), 50, 48, 3, dtype=torch.float16, dropout_p=0.3)
+    found = []
+    for frozen in (False, True):
+        inputs = given.inputs()
+        for tensor in inputs[1:3]:
+            tensor.requires_grad_(not frozen)
+        y = fused(given, inputs, "triton")
+        found.append(torch.autograd.grad(y, [inputs[0], *inputs[3:]], given.dy))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["ticket", "ticket_tma", "recompute"])
 def test_one_launch_forward_and_two_backward(

@@ -284,6 +284,33 @@ def test_an_adapter_on_another_device_is_skipped_by_name() -> None:
     )
 
 
+def test_a_projection_that_attention_never_calls_is_skipped() -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
+    config = LoraConfig(r=2, target_modules=["attention", "out"], init_lora_weights=False)
+    model, plain = pair(config, base)
+    report = accelerate(model)
+    assert [name for name, _ in report.accelerated] == ["base_model.model.out"]
+    reasons = {name.rpartition(".")[2]: reason for name, reason in report.skipped}
+    assert "MultiheadAttention reads its weight alone" in reasons["out_proj"]
+    x = torch.randn(3, 1, 8)
+    actual, expected = (each.base_model.model["attention"](x, x, x)[0] for each in (model, plain))
+    assert torch.equal(actual, expected)
+
+
+def test_nested_tensors_run_pefts_forward(fused_calls: list[float]) -> None:
+    model, plain = pair(
+        LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False),
+        nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8)),
+    )
+    accelerate(model, strict=True)
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    ids = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for actual, expected in zip(model(ids).unbind(), plain(ids).unbind(), strict=True):
+        assert torch.equal(actual, expected)
+    assert not fused_calls
+
+
 def test_variants_of_lora_are_skipped_and_run_as_before(fused_calls: list[float]) -> None:
     base = llama()
     config = lora_config(target_modules=["q_proj"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_on_a_cpu_every_layer_runs_by_itself(
     torch.testing.assert_close(model(x, x), plain(x, x))
     held = model.base_model.model.q_proj.__dict__[projections.GROUP]
     model.base_model.model.q_proj(x)
-    assert held.active and not held._ready
+    assert held.active and not held._waiting.ready
 
 
 def test_layers_that_drop_run_by_themselves_where_that_is_quicker(
@@ -218,7 +219,26 @@ def test_nothing_waits_after_a_pass() -> None:
     x = torch.randn(2, 5, 16)
     model(x, x)
     group = model.base_model.model.q_proj.__dict__[projections.GROUP]
-    assert not group._ready and not group._key
+    assert not group._waiting.ready and not group._waiting.key
+
+
+def test_what_waits_is_for_the_thread_that_computed_it(groups: list[int]) -> None:
+    plain = attention()
+    model = copy.deepcopy(plain)
+    accelerate(model)
+    ours, theirs = model.base_model.model, plain.base_model.model
+    x, of_another_thread = torch.randn(3, 16), torch.randn(3, 16)
+    ours.q_proj(x)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(ours.q_proj, of_another_thread).result()
+        torch.testing.assert_close(ours.k_proj(x), theirs.k_proj(x))
+        torch.testing.assert_close(ours.v_proj(x), theirs.v_proj(x))
+        theirs_there = theirs.k_proj(of_another_thread)
+        there = thread.submit(ours.k_proj, of_another_thread).result()
+    torch.testing.assert_close(there, theirs_there)
+    ours(x, x)
+    # It stays a group: each thread called its layers with one tensor.
+    assert groups == [3, 3, 3]
 
 
 def test_copies_have_groups_of_their_own(groups: list[int]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_kernels.lora.embedding import lora_embedding
 from peft_kernels.models.fused.found import PLAIN, hooked
-from peft_kernels.models.fused.peft_lora import _PLAIN_TENSORS
+from peft_kernels.models.fused.peft_lora import _PLAIN_TENSORS, is_served_scale
 
 
 class FusedEmbedding(lora.Embedding):
@@ -41,6 +41,9 @@ class FusedEmbedding(lora.Embedding):
             variant = layer.lora_variant.get(name)
             if variant is not None:
                 return f"adapter {name!r} is a {type(variant).__name__}"
+            scale = layer.scaling.get(name, 1.0)
+            if not is_served_scale(scale, base.weight.device):
+                return f"adapter {name!r} has the scaling {scale!r}"
             factor = layer.lora_embedding_A[name] if name in layer.lora_embedding_A else base.weight
             if factor.device != base.weight.device:
                 return f"adapter {name!r} is on {factor.device}, its layer on {base.weight.device}"
@@ -69,7 +72,7 @@ class FusedEmbedding(lora.Embedding):
         As for ``FusedLinear``; and where the table renormalises its rows, has gradients that are
         counted or sparse, scales its rows, or is sharded.
         """
-        if self.disable_adapters or self.merged or args:
+        if self.disable_adapters or self.merged or args or getattr(x, "is_nested", False):
             return []
         if any(value is not None for value in kwargs.values()):
             return []
@@ -84,6 +87,8 @@ class FusedEmbedding(lora.Embedding):
         ):
             return []
         weight = base.weight
+        if not is_served_scale(self.scaling[names[0]], weight.device):
+            return []
         for factor in (self.lora_embedding_A[names[0]], self.lora_embedding_B[names[0]]):
             if type(factor) not in _PLAIN_TENSORS or factor.device != weight.device:
                 return []

@@ -20,8 +20,13 @@ _SERVED: dict[type, Any] = {
 def find(model: nn.Module) -> Iterator[Found]:
     """Yield every layer of a tuner of peft, and every model with a prompt, under all its names."""
     yield from peft_prompts.find(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if issubclass(type(module), BaseTunerLayer):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if not issubclass(type(module), BaseTunerLayer):
+            continue
+        if name and isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            yield Found(name, module, "", None, "nn.MultiheadAttention reads its weight alone")
+        else:
             yield _found(name, module)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class FusedLinear(lora.Linear):
             variant = layer.lora_variant.get(name)
             if variant is not None and not _is_dora(variant):
                 return f"adapter {name!r} is a {type(variant).__name__}"
+            scale = layer.scaling.get(name, 1.0)
+            if not is_served_scale(scale, base.weight.device):
+                return f"adapter {name!r} has the scaling {scale!r}"
             factor = layer.lora_A[name].weight if name in layer.lora_A else base.weight
             if factor.device != base.weight.device:
                 return f"adapter {name!r} is on {factor.device}, its layer on {base.weight.device}"
@@ -65,9 +69,10 @@ class FusedLinear(lora.Linear):
         if first in self.lora_variant:
             # Beside a layer that does not train, peft leaves out the dropout of DoRA.
             magnitude: Any = self.lora_magnitude_vector[first]
+            scale: Any = given.scale
             y = dora_linear(
                 x, given.weight, given.lora_a, given.lora_b, magnitude.weight, given.bias,
-                scale=given.scale, dropout_p=given.dropout_p if self.training else 0.0,
+                scale=scale, dropout_p=given.dropout_p if self.training else 0.0,
             )  # fmt: skip
         else:
             y = lora_linear(
@@ -119,12 +124,15 @@ class FusedLinear(lora.Linear):
     def projection(self, x: Tensor) -> Projection | None:
         """Return what the kernel is given beside x, None where it does not serve the whole call.
 
-        Nor where the factors are inference tensors, whose changes are not counted.
+        Nor where the factors are inference tensors, whose changes are not counted, or the scaling
+        is a tensor.
         """
         names = self._adapters_of(x, (), {})
         if len(names) != 1 or names[0] in self.lora_variant:
             return None
         given = self._arguments(names[0])
+        if isinstance(given.scale, Tensor):
+            return None
         return None if given.lora_a.is_inference() or given.lora_b.is_inference() else given
 
     def state(self) -> list[Any]:
@@ -167,14 +175,17 @@ class FusedLinear(lora.Linear):
         """Return the adapters to apply by the kernel, none where peft's forward must run.
 
         That is so while the layer is disabled or merged, where a call brings arguments of its own
-        (of several adapters in one batch: ``_mixed_batch_forward``), where an adapter is a variant
-        of LoRA (but for DoRA as the first one: a later one acts on the sum of those before), where
-        hooks are waiting on a module whose weight would be read without calling it (offloading,
-        FSDP on the factors, ZeRO), and where parameters are sharded or narrower than the base's.
+        (of several adapters in one batch: ``_mixed_batch_forward``) or a nested tensor, where an
+        adapter is a variant of LoRA (but for DoRA as the first one: a later one acts on the sum of
+        those before), where a scaling is not finite or a dropout drops everything, where hooks are
+        waiting on a module whose weight would be read without calling it (offloading, FSDP on the
+        factors, ZeRO), and where parameters are sharded or narrower than the base's.
         """
         if self._disable_adapters or self.merged_adapters or args:
             return []
         if kwargs and any(value is not None for value in kwargs.values()):
+            return []
+        if getattr(x, "is_nested", False):
             return []
         variants = self.lora_variant
         known: Any = self._modules["lora_A"]
@@ -191,7 +202,7 @@ class FusedLinear(lora.Linear):
             return False
         down, up = self._factors(name)
         dropout = _named(submodules["lora_dropout"], name)
-        if type(dropout) not in (nn.Identity, nn.Dropout):
+        if type(dropout) not in (nn.Identity, nn.Dropout) or not _drops_some(dropout):
             return False
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return False
@@ -210,6 +221,9 @@ class FusedLinear(lora.Linear):
         if type(weight) not in _PLAIN_TENSORS:
             return False
         device, dtype = weight.device, weight.dtype
+        scale = self.scaling[name]
+        if not is_served_scale(scale, device) or (name in variants and isinstance(scale, Tensor)):
+            return False
         for factor in factors:
             if type(factor) not in _PLAIN_TENSORS or factor.device != device:
                 return False
@@ -244,6 +258,22 @@ def _parameter(module: Any, name: str) -> Any:
     """Return ``module.weight`` or the like: a parameter as a rule, without the detour."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def is_served_scale(scale: Any, device: torch.device) -> bool:
+    """Return whether the kernel takes a scaling: a finite number, or what peft makes of one.
+
+    ``prepare_model_for_compiled_hotswap`` makes it a tensor, and then changes that in place.
+    """
+    if isinstance(scale, (int, float)):
+        return torch.compiler.is_compiling() or math.isfinite(scale)
+    if type(scale) not in _PLAIN_TENSORS or scale.requires_grad:
+        return False
+    return scale.numel() == 1 and scale.dtype == torch.float32 and scale.device == device
+
+
+def _drops_some(dropout: nn.Module) -> bool:
+    return not isinstance(dropout, nn.Dropout) or dropout.p < 1.0 or not dropout.training
 
 
 def _is_dora(variant: Any) -> bool:

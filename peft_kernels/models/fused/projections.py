@@ -4,10 +4,12 @@ Their parent calls them one after another with the same tensor. The first call c
 by ``lora_projections``, and the others find their result waiting. What waits is handed out only for
 the very tensor it was made of, unchanged, under the same grad mode and to a layer in the same
 state; a layer that turns out to be called with something else leaves the group alone from then on.
+What one thread computed waits for that thread alone.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +41,23 @@ class Projection(NamedTuple):
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None
-    scale: float
+    scale: float | Tensor
     dropout_p: float
+
+
+class _Waiting(threading.local):
+    """What the calls of one thread left for its next ones.
+
+    Attributes:
+        ready: by place: a result, and the state of its layer when it was made.
+        key: of all of them: x and its version, the grad mode, and the tensors that they were made
+            of, so that none of those can be another one at the same address.
+    """
+
+    def __init__(self) -> None:
+        """Start empty, in every thread."""
+        self.ready: dict[int, tuple[Tensor, list[Any]]] = {}
+        self.key: tuple[Any, ...] = ()
 
 
 class Projections:
@@ -55,15 +72,15 @@ class Projections:
         """Take the layers in."""
         self.members = members
         self.active = True
-        # By place: a result that waits, and the state of its layer when it was made.
-        self._ready: dict[int, tuple[Tensor, list[Any]]] = {}
-        # Of all that waits: x and its version, the grad mode, and the tensors that it was made of,
-        # so that none of them can be another one at the same address.
-        self._key: tuple[Any, ...] = ()
+        self._waiting = _Waiting()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what waits behind: a copy computes its own."""
-        return self.__dict__ | {"_ready": {}, "_key": ()}
+        return {"members": self.members, "active": self.active}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become that copy."""
+        self.__dict__.update(state, _waiting=_Waiting())
 
     def result(self, member: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         """Return y of ``member``, None where it must be computed by itself."""
@@ -72,13 +89,14 @@ class Projections:
         index = self._place(member)
         if index is None:  # A replica of nn.DataParallel shares the group, and is not in it.
             return None
-        if index in self._ready:
-            y, state = self._ready.pop(index)
-            made_of, version, grad = self._key[:3]
+        waiting = self._waiting
+        if index in waiting.ready:
+            y, state = waiting.ready.pop(index)
+            made_of, version, grad = waiting.key[:3]
             if made_of is x:
                 same = version == x._version and grad is torch.is_grad_enabled()
                 if same and state == member.state():
-                    if not self._ready:
+                    if not waiting.ready:
                         self._forget()
                     return y
             else:
@@ -100,7 +118,7 @@ class Projections:
         return None
 
     def _forget(self) -> None:
-        self._ready, self._key = {}, ()
+        self._waiting.ready, self._waiting.key = {}, ()
 
     def _compute(self, index: int, x: Tensor) -> Tensor | None:
         """Return y of one member and let those of the others wait."""
@@ -119,12 +137,12 @@ class Projections:
         ys = lora_projections(
             x, weights, lora_as, lora_bs, biases, scales=scales, dropout_p=dropout_ps
         )
-        self._ready = {
+        self._waiting.ready = {
             place: (y, member.state())
             for place, (member, y) in enumerate(zip(self.members, ys, strict=True))
             if place != index
         }
-        self._key = (x, x._version, torch.is_grad_enabled(), given)
+        self._waiting.key = (x, x._version, torch.is_grad_enabled(), given)
         return ys[index]
 
 
