@@ -24,7 +24,7 @@ from documentation import VOCABULARY, sequences
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -90,15 +90,14 @@ def adapted_model(given: argparse.Namespace, device: torch.device) -> nn.Module:
     return model.to(device).train()
 
 
-def distribute(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """Return the model as the ranks run it together."""
+def distribute(model: nn.Module, parallel: str, mesh: DeviceMesh) -> nn.Module:
+    """Return the model as the ranks of the mesh run it together."""
     if parallel == "ddp":
         return DistributedDataParallel(model)
     if parallel == "fsdp":
         for layer in model.get_submodule("model.layers").children():
-            fully_shard(layer)
-        return fully_shard(model)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     styles = {name: LoRAColwiseParallel for name in COLUMNS} | {
         name: LoRARowwiseParallel for name in ROWS
     }
@@ -165,23 +164,27 @@ def save(model: nn.Module, given: argparse.Namespace) -> None:
     print(f"wrote {given.out}: {len(tensors)} tensors", flush=True)
 
 
-def adapt(given: argparse.Namespace, device: torch.device) -> None:
+def adapt(given: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> None:
     """Adapt, distribute, train, save."""
-    model = distribute(adapted_model(given, device), given.parallel, device)
+    model = distribute(adapted_model(given, device), given.parallel, mesh)
     train(model, given, device)
     save(model, given)
     dist.barrier()  # Who left while the first rank writes would tear connections down under it.
 
 
 def main() -> None:
-    """Do it, and leave nothing to the threads of the process group when the interpreter ends."""
+    """Do it, and end the threads of the process group with the group."""
     given = options()
     device = start_process_group()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     try:
-        adapt(given, device)
-        # A thread of the group that frees what collectives hold when Python ends would abort.
-        gc.collect()
+        adapt(given, device, mesh)
     finally:
+        # A thread of Gloo's that frees a tensor while Python ends aborts the process. Such threads
+        # live until the last reference to their group is gone: the model's are in cycles, and the
+        # mesh, which has one too, stays in DTensor's caches (pytorch/pytorch#179291).
+        gc.collect()
+        vars(mesh).clear()
         dist.destroy_process_group()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,8 @@ def compile_for(
 ) -> Report:
     """Compile ``kernel`` for ``family`` and disassemble it.
 
+    Triton keeps what it compiled, and this the report of it in the same place.
+
     Args:
         kernel: a ``@triton.jit`` function.
         family: "sm_80" and so on.
@@ -88,6 +92,7 @@ def compile_for(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.cache import get_cache_manager
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -102,6 +107,16 @@ def compile_for(
         target=GPUTarget("cuda", int(family.removeprefix("sm_")), 32),
         options={"num_warps": num_warps, "num_stages": num_stages} | bound,
     )
+    key = hashlib.sha256(compiled.asm["cubin"] + Path(__file__).read_bytes()).hexdigest()[:16]
+    kept = get_cache_manager(compiled.hash)
+    path = kept.get_file(f"report-{key}.json")
+    if path is None:
+        report = json.dumps(asdict(_report(compiled, family)))
+        path = kept.put(report, f"report-{key}.json", binary=False)
+    return Report(**json.loads(Path(path).read_text()))
+
+
+def _report(compiled: Any, family: str) -> Report:
     sass = disassemble(compiled.asm["cubin"])
     matrix = {"sm_90": r"HGMMA| HMMA", "sm_100": r"UTC\w*MMA| HMMA"}.get(family, r" HMMA")
     return Report(

@@ -1,4 +1,4 @@
-"""What nvcc and ptxas make of one file of csrc/cuda for one architecture, kernel by kernel.
+"""What nvcc and ptxas make of one file of csrc/cuda, for each architecture and kernel of it.
 
 Results are kept in build/cuda_compile under a hash of everything that went into them.
 """
@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,42 +83,50 @@ class Kernel:
         return found
 
 
-def report(source: Path, arch: str) -> list[Kernel]:
-    """Compile ``source`` for ``arch`` and return its kernels.
+def report(source: Path, archs: Sequence[str]) -> dict[str, list[Kernel]]:
+    """Compile ``source`` for ``archs`` and return the kernels of each.
 
     Raises:
         subprocess.CalledProcessError: it does not compile.
     """
     nvcc = cuda_build.find_nvcc()
-    command = [nvcc, *cuda_build.kernel_flags([arch]), "-Xptxas", "-v", "-cubin"]
+    command = [nvcc, *cuda_build.kernel_flags(archs), "-Xptxas", "-v", "-fatbin"]
     headers = sorted(source.parent.glob("*.h"))
     key = hashlib.sha256()
     for part in (*command, cuda_build.cuda_version(nvcc), Path(__file__).read_text()):
         key.update(part.encode())
     for path in (source, *headers):
         key.update(path.name.encode() + path.read_bytes())
-    kept = CACHE / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.json"
+    kept = CACHE / f"{source.stem}-{'-'.join(archs)}-{key.hexdigest()[:16]}.json"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "out.cubin"
+            binary = Path(folder) / "out.fatbin"
             done = subprocess.run(
-                [*command, str(source), "-o", str(cubin)],
+                [*command, str(source), "-o", str(binary)],
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            kernels = list(_read(done.stdout + done.stderr, disassemble(cubin.read_bytes())))
+            sass = disassemble(binary.read_bytes())
+        kernels = {arch: list(_read(done.stdout + done.stderr, sass, arch)) for arch in archs}
         unfinished = kept.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps([asdict(each) for each in kernels]))
+        unfinished.write_text(
+            json.dumps({arch: [asdict(each) for each in found] for arch, found in kernels.items()})
+        )
         unfinished.rename(kept)
-    return [Kernel(**each) for each in json.loads(kept.read_text())]
+    found = json.loads(kept.read_text())
+    return {arch: [Kernel(**each) for each in found[arch]] for arch in archs}
 
 
-def _read(log: str, sass: str) -> Iterable[Kernel]:
-    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+def _read(log: str, sass: str, arch: str) -> Iterable[Kernel]:
+    parts = re.split(r"^arch = sm_(\w+)$", sass, flags=re.MULTILINE)
+    (of_arch,) = [text for name, text in zip(parts[1::2], parts[2::2], strict=True) if name == arch]
+    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", of_arch, re.DOTALL))
     entries = re.findall(
-        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+        rf"Compiling entry function '(\S+)' for 'sm_{arch}'(.*?)(?=Compiling entry function|\Z)",
+        log,
+        re.DOTALL,
     )
     plain = subprocess.run(
         ["c++filt"], input="\n".join(name for name, _ in entries), capture_output=True, text=True,

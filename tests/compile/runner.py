@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 
 def without_interpreter(module: str, *arguments: str) -> str:
@@ -18,7 +19,13 @@ def without_interpreter(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def sweep(family: str, dtype: str, method: str) -> list[dict[str, object]]:
-    """Return what the sweep prints, a dict for each kernel."""
-    printed = without_interpreter("tests.compile.sweep", family, dtype, "--method", method)
-    return [json.loads(line) for line in printed.splitlines()]
+def unclean(family: str, dtypes: Sequence[str], method: str) -> dict[str, list[str]]:
+    """Compile every case of a method for a family; return the problems of those that have any."""
+    from tests.compile.sweep import cases
+
+    printed = without_interpreter("tests.compile.sweep", family, *dtypes, "--method", method)
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["case"] for line in lines] == [
+        f"{family} {dtype} {case.name}" for dtype in dtypes for case in cases(family, dtype, method)
+    ]
+    return {line["case"]: line["problems"] for line in lines if line["problems"]}

@@ -96,7 +96,14 @@ def test_architectures_that_are_asked_for(
     assert cuda_build.architectures(nvcc()) == ["80", "90a"]
     flags = cuda_build.kernel_flags(["80", "90a"])
     assert "-gencode=arch=compute_80,code=sm_80" in flags
-    assert "-gencode=arch=compute_90a,code=sm_90a" in flags
+    assert "-gencode=arch=compute_80,code=sm_90a" in flags
+
+
+def test_kernels_tell_apart_what_shares_no_ptx_alone() -> None:
+    """Else an architecture would get the code of an older one."""
+    files = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.h")]
+    told = re.findall(r"__CUDA_ARCH\w+(?: *[<>=!]+ *(\d+))?", "".join(f.read_text() for f in files))
+    assert set(told) - {""} == {"800"}
 
 
 @pytest.mark.parametrize("written", ["120", "ampere", "80;8", "80+PTX"])

@@ -1,7 +1,7 @@
 """Compare remembered launches with direct ones, on a driver that runs nothing but remembers all.
 
-``python -m tests.core.remembered_launches METHOD`` compiles for sm_90 and needs no GPU. A process
-of its own, because Triton must be imported without its interpreter.
+``python -m tests.core.remembered_launches METHOD ...`` compiles for sm_90 and needs no GPU. A
+process of its own, because Triton must be imported without its interpreter.
 """
 
 from __future__ import annotations
@@ -199,15 +199,16 @@ CALLS = {
 }
 
 
-def main(method: str) -> None:
-    """Compare every call of a method, made anew three times in an order drawn each time."""
+replays: list[int] = []
+
+
+def prepare() -> None:
+    """Let launches be recorded and remembered, and count what is replayed."""
     driver.set_active(_Driver())
     launches.serves = lambda device: True
     # One buffer, as on a stream: freed ones may lie at one address here and at several there.
     buffer = torch.zeros(1 << 16, dtype=torch.int32)
     triton_runtime.counters = lambda device, size: buffer
-    generator = random.Random(0)
-    replays: list[int] = []
     replay = launches._Tape.replay
 
     def counted(self: Any, *args: Any) -> None:
@@ -215,6 +216,12 @@ def main(method: str) -> None:
         replay(self, *args)
 
     launches._Tape.replay = counted  # type: ignore[method-assign]
+
+
+def compare(method: str) -> None:
+    """Compare every call of a method, made anew three times in an order drawn each time."""
+    generator = random.Random(0)
+    replays.clear()
     compared = 0
     for _ in range(3):
         # Made anew: other addresses, and perhaps those that other tensors had before.
@@ -230,14 +237,15 @@ def main(method: str) -> None:
             compared += 1
     total = len(list(itertools.chain(CALLS[method]())))
     assert compared == 3 * total
-    print(f"{compared} calls compared, {len(replays)} of them replayed")
+    print(f"{method}: {compared} calls compared, {len(replays)} of them replayed")
     assert len(replays) >= 2 * total, "what was launched once was not remembered"
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1]
-    with (
-        lora_tiles.forced_variant("ticket_tma" if asked == "ticket_tma" else None),
-        prefix_tiles.forced_variant("tma" if asked == "prefix_tma" else None),
-    ):
-        main(asked)
+    prepare()
+    for asked in sys.argv[1:]:
+        with (
+            lora_tiles.forced_variant("ticket_tma" if asked == "ticket_tma" else None),
+            prefix_tiles.forced_variant("tma" if asked == "prefix_tma" else None),
+        ):
+            compare(asked)

@@ -15,11 +15,16 @@ from tests.compile.runner import without_interpreter
 
 
 @pytest.mark.skipif(triton_runtime.import_problem() is not None, reason="needs Triton: not run")
+# What is forced to run by TMA is remembered in a process of its own.
 @pytest.mark.parametrize(
-    "method", ["lora", "ticket_tma", "projections", "adapter", "prefix", "prefix_tma", "prompt"]
+    "methods",
+    [("lora", "projections", "adapter", "prefix", "prompt"), ("ticket_tma", "prefix_tma")],
+    ids=["chosen", "tma"],
 )
-def test_a_remembered_call_launches_what_a_direct_one_does(method: str) -> None:
-    assert "replayed" in without_interpreter("tests.core.remembered_launches", method)
+def test_a_remembered_call_launches_what_a_direct_one_does(methods: tuple[str, ...]) -> None:
+    printed = without_interpreter("tests.core.remembered_launches", *methods).splitlines()
+    assert [line.partition(":")[0] for line in printed] == list(methods)
+    assert all("replayed" in line for line in printed)
 
 
 class _Kernel:

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 EXAMPLE = ROOT / "examples/finetune_distributed.py"
+THREADS = ROOT / "tests/distributed/threads.py"
 SIZES = ("--steps", "6", "--length", "32", "--batch", "4", "--rank", "4")
 
 
@@ -28,13 +29,13 @@ def test_every_engine_trains_what_one_process_trains_and_peft_loads_it(
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     exact = (str(EXAMPLE), *SIZES, "--dropout", "0")
-    one = python(*exact, "--out", str(tmp_path / "one"))
+    one = python(str(THREADS), *exact, "--out", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     expected = losses(one.stdout)
     assert len(expected) == 6 and expected[-1] < expected[0] - 0.05
     for parallel in ("ddp", "fsdp", "tp"):
         out = str(tmp_path / parallel)
-        done = torchrun(2, *exact, "--parallel", parallel, "--out", out)
+        done = torchrun(2, str(THREADS), *exact, "--parallel", parallel, "--out", out)
         assert done.returncode == 0, done.stderr
         # Printed with four digits.
         torch.testing.assert_close(losses(done.stdout), expected, rtol=0, atol=1.01e-4)

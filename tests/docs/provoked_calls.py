@@ -63,10 +63,11 @@ def _(_: pytest.MonkeyPatch, __: Path) -> None:
 @provokes("… is a DTensor (a sharded parameter)")
 def _(_: pytest.MonkeyPatch, __: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
     try:
-        mesh = init_device_mesh("cpu", (1,))
         _call(weight=distribute_tensor(torch.randn(6, 8), mesh, [Replicate()]))
     finally:
+        vars(mesh).clear()  # Else DTensor's caches keep it, and it the threads of the group.
         dist.destroy_process_group()
 
 
