@@ -37,6 +37,9 @@ def _contract(
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < ranks
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if DROPOUT:
+        # Of a loop that may not run, the assembler makes every product wait for the one before.
+        tl.assume(C > 0)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C

@@ -135,9 +135,15 @@ def _sum_tile(
         colsum_ptr += group * C
         lowsum_ptr += group * R
     else:
-        blocks = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS)
-        start = pid_split * blocks * BLOCK_M
-        stop = min(M, start + blocks * BLOCK_M)
+        # There are no more parts than blocks, and none is longer by more than one.
+        blocks = tl.cdiv(M, BLOCK_M)
+        part, longer = blocks // SPLITS, blocks % SPLITS
+        start = (pid_split * part + min(pid_split, longer)) * BLOCK_M
+        stop = start + (part + (pid_split < longer).to(tl.int32)) * BLOCK_M
+        stop = min(M, stop)
+        if DROPOUT:
+            # Of a loop that may not run, the assembler makes every product wait for the one before.
+            tl.assume(start < stop)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     colsum = _no_sums(BLOCK_C, PRODUCT_SUMS)
     lowsum = _no_sums(BLOCK_R, PRODUCT_SUMS)

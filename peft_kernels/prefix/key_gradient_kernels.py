@@ -289,7 +289,7 @@ def _prefix_gradient_kernel(
     first = split * part + tl.minimum(split, longer)
     count = part + (split < longer).to(tl.int32)
     sample, head, block = first // (heads * blocks), first // blocks % heads, first % blocks
-    # Of a loop that may not run, the compiler makes one that waits for every single product.
+    # Of a loop that may not run, the assembler makes every product wait for the one before.
     tl.assume(count > 0)
     for _ in range(count):
         batch = owner * B + sample

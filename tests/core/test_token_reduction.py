@@ -20,8 +20,8 @@ TOKENS, C0, C1, RANK = 230, 40, 70, 21
 SEED, P = torch.tensor([77]), 0.25
 
 
-# Blocks of 32 make 8 of the tokens: all in one part, several in each, one in each of half of them.
-@pytest.fixture(params=[1, 2, 16])
+# Blocks of 32 make 8 of the tokens: all in one part, 3 or 2 in each, one in each.
+@pytest.fixture(params=[1, 3, 8])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     from peft_kernels.core import token_reduction
 
@@ -56,7 +56,7 @@ def _poisoned(*size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("p", [0.0, P])
-@pytest.mark.parametrize("splits", [1, 2, 16, 64], indirect=True)
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8], indirect=True)
 def test_sums_over_every_token_once(splits: int, p: float) -> None:
     """64 parts of 230 tokens: most of them have no token at all."""
     tensors = v0, low0, v1, low1 = _tensors()
@@ -162,3 +162,17 @@ def test_enough_programs_are_wanted_that_tests_of_lora_split_too() -> None:
     from peft_kernels.core.token_reduction import _splits
 
     assert _splits(130, 4, 32, torch.device("cpu")) > 1
+
+
+def test_no_part_is_without_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's loop is told that it runs."""
+    from peft_kernels.core import token_reduction
+
+    monkeypatch.setattr(token_reduction.triton_runtime, "multiprocessors", lambda _: 132)
+    found = {
+        (tokens, tiles): token_reduction._splits(tokens, tiles, 32, torch.device("cuda"))
+        for tokens in (*range(1, 400), 4096, 100_000)
+        for tiles in (64, 3, 1)
+    }
+    assert max(found.values()) == 64
+    assert all(splits <= -(-tokens // 32) for (tokens, _), splits in found.items())

@@ -224,15 +224,15 @@ def test_runs_repeat_bit_for_bit(options: dict[str, Any]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("splits", [1, 4, 5, 12])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per sample"])
 def test_the_prefix_is_summed_over_every_row_once(
     splits: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 parts of at most 12 tiles of rows: some have none."""
+    """Of 12 tiles of rows, or 4 of each sample's: in equal parts, in unequal ones, one in each."""
     from peft_kernels.prefix import launch
 
-    monkeypatch.setattr(launch, "_splits", lambda *_: splits)
+    monkeypatch.setattr(launch, "_splits", lambda tiles, *_: min(splits, tiles))
     check(problem(batch=3, queries=20, keys=5, prefix=19, shared=shared), "triton", torch.float32)
 
 
@@ -240,6 +240,17 @@ def test_batches_are_split_in_tests_too() -> None:
     from peft_kernels.prefix.launch import _splits
 
     assert _splits(8, 4, torch.device("cpu")) > 1
+
+
+def test_no_part_of_a_prefix_gradient_is_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's loop is told that it runs."""
+    from peft_kernels.prefix import launch
+
+    monkeypatch.setattr(launch.triton_runtime, "multiprocessors", lambda _: 132)
+    device = torch.device("cuda")
+    found = {tiles: launch._splits(tiles, 1, device) for tiles in (*range(1, 400), 4096)}
+    assert max(found.values()) == 64
+    assert all(splits <= tiles for tiles, splits in found.items())
 
 
 def test_float32_prefixes_beside_float16_get_float32_gradients() -> None:
