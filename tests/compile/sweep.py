@@ -72,7 +72,7 @@ class Case:
     products: bool = True
     registers: int = 0
     measured: bool = False  # the tile was the fastest on a GPU
-    overlapping: bool = False  # its products must not wait for each other
+    overlapping: bool = True  # its products must not wait for each other
 
 
 def _products(family: str, dtype: str) -> Iterator[Case]:
@@ -91,9 +91,7 @@ def _products(family: str, dtype: str) -> Iterator[Case]:
                 source = lora_sources.product(
                     dtype, tile, rank, direction, dropout, ragged=ragged, scale_is_pointer=ragged
                 )
-            yield Case(
-                name, kernel, source, tile.num_warps, tile.num_stages, not ragged, overlapping=True
-            )
+            yield Case(name, kernel, source, tile.num_warps, tile.num_stages, not ragged)
             if tile.variant == "ticket_tma" and rank == 16:
                 source = lora_sources.tma_product(dtype, tile, 8, direction, dropout)
                 name = name.replace("r16", "r8")
@@ -181,7 +179,11 @@ def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
             source = reduction_sources.adapter(dtype, tile, dropout, splits, scale, grouped)
             name = f"adapter reduction dropout{int(dropout)} r{tile.block_r} splits{splits} "
             name += f"scale{scale}" + " grouped" * grouped
-            yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages)
+            # A group may have no rows.
+            yield Case(
+                name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages,
+                overlapping=not grouped,
+            )  # fmt: skip
     # Loads that no alignment promises anything about cannot be asynchronous copies.
     tile = adapter_tiles.unaligned_reduction_tile(family)
     for dropout, splits, scale, grouped in _ADAPTER_REDUCTIONS:
@@ -190,7 +192,10 @@ def _adapter_reductions(family: str, dtype: str) -> Iterator[Case]:
         )
         name = f"adapter reduction unaligned dropout{int(dropout)} splits{splits} scale{scale}"
         name += " grouped" * grouped
-        yield Case(name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False)
+        yield Case(
+            name, "_token_reduction_kernel", source, tile.num_warps, tile.num_stages, False,
+            overlapping=not grouped,
+        )  # fmt: skip
 
 
 def _adapters(family: str, dtype: str, complete: bool) -> Iterator[Case]:
@@ -219,10 +224,11 @@ def _adapters(family: str, dtype: str, complete: bool) -> Iterator[Case]:
 def _prefixes(family: str, dtype: str, complete: bool) -> Iterator[Case]:
     for name, (launch, source), tile in prefix_sources.cases(family, dtype, complete=complete):
         kernel = prefix_sources.KERNELS[launch]
-        registers = tile.registers if prefix_sources.is_plain(source) else 0
+        is_plain = prefix_sources.is_plain(source)
+        registers = tile.registers if is_plain else 0
         yield Case(
             name, kernel, source, tile.num_warps, tile.num_stages, registers=registers,
-            measured=tile.tma, overlapping=tile.tma,
+            measured=tile.tma, overlapping=not source[1]["DROPOUT"] or is_plain,
         )  # fmt: skip
     source = prefix_sources.gate_gradient(prefix_tiles.GATE_BLOCK)
     yield Case("prefix gate gradient", "_gate_gradient_kernel", source, 4, 3, False, False)
