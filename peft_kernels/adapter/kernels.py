@@ -31,13 +31,13 @@ def _contract(
     v_ptr, w_ptr, scale, seed_ptr, rows, mask_m, C, ranks, stride_vm, stride_wc, stride_wr,
     drop_threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Return (keep * v · scale of the column) w of some rows, [BLOCK_M, BLOCK_R], in float32."""
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < ranks
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if DROPOUT:
+    if DROPOUT and WGMMA:
         # Of a loop that may not run, the assembler makes every product wait for the one before.
         tl.assume(C > 0)
     for c in range(0, C, BLOCK_C):
@@ -188,7 +188,7 @@ def _adapter_forward_kernel(
     mask_r = offs_r < ranks
     acc = _contract(
         x_ptr, down_ptr, scale, seed_ptr, rows, contracted, D, ranks, stride_xm, 1, D,
-        drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, False, 0, PRECISION,
+        drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, False, 0, PRECISION, False,
     )  # fmt: skip
     if HAS_DOWN_BIAS:
         bias = tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0)
@@ -213,10 +213,13 @@ def _adapter_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr, NEED_DPRE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
     NEED_DX: tl.constexpr, INPUT_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
-    SCALE: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks,): dpre and dx, and h again for the gradients of the weights."""
+    """Grid (row blocks,): dpre and dx, and h again for the gradients of the weights.
+
+    WGMMA: products are those of warp groups, Hopper's, which run beside what follows them.
+    """
     ranks = R
     if GROUPS > 0:
         group, rows, mask_m = _tile_of_group(order_ptr, offsets_ptr, tiles_ptr, E1, BLOCK_M, GROUPS)
@@ -235,7 +238,7 @@ def _adapter_backward_kernel(
     if NEED_DPRE:
         acc = _contract(
             dy_ptr, up_ptr, scale, seed_ptr, rows, contracted, D, ranks, stride_dym, R, 1,
-            drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, DROPOUT, SCALE, PRECISION,
+            drop_threshold, BLOCK_M, BLOCK_D, BLOCK_R, DROPOUT, SCALE, PRECISION, WGMMA,
         )  # fmt: skip
     pre = tl.load(pre_ptr + offs_low, mask=mask_low, other=0.0).to(tl.float32)
     if NEED_HIDDEN:

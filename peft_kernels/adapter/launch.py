@@ -127,6 +127,7 @@ def adapter_backward(
                 hidden_ptr=hidden,
                 dx_ptr=_some(dx, dy),
                 stride_dym=dy.stride(0),
+                WGMMA=tiles.wgmma(x.device),
                 NEED_DPRE=need_dpre,
                 NEED_HIDDEN=need_hidden,
                 NEED_DX=dx is not None,

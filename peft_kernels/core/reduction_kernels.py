@@ -120,6 +120,7 @@ def _sum_tile(
     DROPOUT: tl.constexpr, COLSUM: tl.constexpr, LOWSUM: tl.constexpr, PRODUCT: tl.constexpr,
     SCALE: tl.constexpr, SCALE_GRAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr, PRODUCT_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -141,7 +142,7 @@ def _sum_tile(
         start = (pid_split * part + min(pid_split, longer)) * BLOCK_M
         stop = start + (part + (pid_split < longer).to(tl.int32)) * BLOCK_M
         stop = min(M, stop)
-        if DROPOUT:
+        if DROPOUT and WGMMA:
             # Of a loop that may not run, the assembler makes every product wait for the one before.
             tl.assume(start < stop)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
@@ -240,11 +241,13 @@ def _token_reduction_kernel(
     DROPOUT: tl.constexpr, PRODUCT0: tl.constexpr, LOWSUM: tl.constexpr, PRODUCT1: tl.constexpr,
     COLSUM: tl.constexpr, SCALE: tl.constexpr, SCALE_GRAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr, PRODUCT_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of C0 then of C1, rank blocks, splits of the tokens).
 
     With PRODUCT_SUMS rank blocks come before tiles: those of a tile run side by side and share what
-    they read in L2. DROPOUT: -1 nowhere, or which of v0 and v1 it acts on.
+    they read in L2. DROPOUT: -1 nowhere, or which of v0 and v1 it acts on. WGMMA: products are
+    those of warp groups, Hopper's, which run beside what follows them.
     """
     RANKS: tl.constexpr = 0 if PRODUCT_SUMS else 1
     pid_c, pid_r, pid_split = tl.program_id(1 - RANKS), tl.program_id(RANKS), tl.program_id(2)
@@ -260,7 +263,7 @@ def _token_reduction_kernel(
                 M, C0, R, stride_v0m, stride_out0_c, stride_out0_r,
                 pid_c, pid_r, pid_split, drop_threshold,
                 SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 0, False, True, PRODUCT0,
-                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION,
+                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION, WGMMA,
             )  # fmt: skip
         elif PRODUCT0:
             _sum_tile(
@@ -270,7 +273,7 @@ def _token_reduction_kernel(
                 M, C0, R, stride_v0m, stride_out0_c, stride_out0_r,
                 pid_c, pid_r, pid_split, drop_threshold,
                 SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 0, False, False, PRODUCT0,
-                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION,
+                0, 0, False, GROUPED, PRODUCT_SUMS, PRECISION, WGMMA,
             )  # fmt: skip
     elif pid_r == 0:
         _sum_tile(
@@ -280,7 +283,7 @@ def _token_reduction_kernel(
             M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
             pid_c - tiles0, pid_r, pid_split, drop_threshold,
             SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 1, COLSUM, False, PRODUCT1,
-            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION,
+            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION, WGMMA,
         )  # fmt: skip
     elif PRODUCT1:
         _sum_tile(
@@ -290,5 +293,5 @@ def _token_reduction_kernel(
             M, C1, R, stride_v1m, stride_out1_c, stride_out1_r,
             pid_c - tiles0, pid_r, pid_split, drop_threshold,
             SPLITS, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT == 1, False, False, PRODUCT1,
-            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION,
+            SCALE, SCALE_GRAD, HAS_BIAS, GROUPED, PRODUCT_SUMS, PRECISION, WGMMA,
         )  # fmt: skip

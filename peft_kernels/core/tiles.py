@@ -101,6 +101,11 @@ def table_of(device: torch.device) -> str:
     return family(device) if device.type == "cuda" else INTERPRETED
 
 
+def wgmma(device: torch.device) -> bool:
+    """Return whether products on ``device`` are those of warp groups, which run asynchronously."""
+    return table_of(device) == "sm_90"
+
+
 def width(dtype: torch.dtype) -> str:
     """Return which tables a dtype takes: "16bit", or "fp32"."""
     return "fp32" if dtype == torch.float32 else "16bit"

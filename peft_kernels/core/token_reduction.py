@@ -19,7 +19,7 @@ from peft_kernels.core.factors import Factor, Groups, Scaling
 from peft_kernels.core.launches import counters, launch
 from peft_kernels.core.reduction_kernels import _token_reduction_kernel
 from peft_kernels.core.rng import drop_threshold
-from peft_kernels.core.tiles import ReductionTile
+from peft_kernels.core.tiles import ReductionTile, wgmma
 
 
 def token_reduction(
@@ -104,8 +104,8 @@ def token_reduction(
         PRODUCT1=need1, COLSUM=colsum is not None, SCALE=scaling.kind() if scaling else 0,
         SCALE_GRAD=0 if gradient is None else 1 if gradient.numel() == 1 else 2,
         HAS_BIAS=scaling is not None and scaling.bias is not None, GROUPED=groups is not None,
-        PRODUCT_SUMS=tile.product_sums, PRECISION=precision, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        PRODUCT_SUMS=tile.product_sums, PRECISION=precision, WGMMA=wgmma(device),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

@@ -265,6 +265,7 @@ def compile_case(case: Case, family: str) -> Report:
     kernel = next(getattr(home, case.kernel) for home in homes if hasattr(home, case.kernel))
     types, constants, divisible = case.source
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    constants = constants | {"WGMMA": family == "sm_90"}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return compile_for(
         kernel, family, types, constants, divisible, case.num_warps, case.num_stages,
