@@ -21,7 +21,7 @@ from peft_kernels.models.attention.layers import (
     prefix_of,
     self_attention,
 )
-from peft_kernels.models.attention.masks import packed_offsets, prefix_mask
+from peft_kernels.models.attention.masks import packed_offsets, prefix_mask, prepare_tracing
 from peft_kernels.prefix.op import prefix_attention
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def register() -> None:
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, prefix_mask)
+    prepare_tracing()
 
 
 # A pickled model brings its hooks back, and with them this module.

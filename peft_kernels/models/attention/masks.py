@@ -147,13 +147,17 @@ def _parts(mask_function: Callable[..., Any] | None) -> Iterator[tuple[str, dict
         )
 
 
-@torch.compiler.assume_constant_result
 def _traced_parts(mask_function: Callable[..., Any] | None) -> tuple[tuple[str, Any], ...]:
     """Return the names of ``_parts``, of a pattern that holds no tensors.
 
     What a traced function captures cannot be seen: this runs while tracing, on the function itself.
     """
     return tuple((name, None) for name, _ in _parts(mask_function))
+
+
+def prepare_tracing() -> None:
+    """Have ``prefix_mask`` traced as it must be: not at import, Dynamo brings Triton along."""
+    torch.compiler.assume_constant_result(_traced_parts)
 
 
 def _offsets(packed: Tensor) -> Tensor:
