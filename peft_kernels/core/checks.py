@@ -151,8 +151,8 @@ def check_scale(name: str, value: object) -> float:
     return float(value)
 
 
-def check_run_time_scale(name: str, value: object, device: torch.device) -> float | Tensor:
-    """Return ``value`` as a finite float, or as it is where it is a tensor that a kernel can read.
+def check_run_time_scale(name: str, value: object, like: Tensor) -> float | Tensor:
+    """Return ``value`` as a finite float, or as it is where it is a tensor beside ``like``.
 
     Raises:
         TypeError: neither a number nor a float32 tensor.
@@ -164,11 +164,11 @@ def check_run_time_scale(name: str, value: object, device: torch.device) -> floa
         raise TypeError(
             f"{name} must be a number (alpha / r) or a float32 tensor, got {describe(value)}"
         )
-    if value.numel() != 1 or value.device != device or value.requires_grad:
+    if value.numel() != 1 or value.device != like.device or value.requires_grad:
         gradient = ", that requires a gradient" if value.requires_grad else ""
         raise ValueError(
-            f"{name} must be a number (alpha / r) or a tensor of one element on {device} that gets "
-            f"no gradient, got {describe(value)}{gradient}"
+            f"{name} must be a number (alpha / r) or a tensor of one element on {like.device} that "
+            f"gets no gradient, got {describe(value)}{gradient}"
         )
     return value
 

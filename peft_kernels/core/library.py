@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+# Classes of tensors that a launcher can always take.
+_WITH_DATA = {torch.Tensor, torch.nn.Parameter}
+
 
 def out_variant_op(
     name: str, launcher: Callable[..., None], schema: str, writes: tuple[str, ...]
@@ -44,6 +47,8 @@ def out_variant_op(
     def run(*args: object) -> None:
         if is_compiling():
             op(*args)
+        elif type(args[0]) in _WITH_DATA and not modes():
+            launcher(*args)
         elif (modes() and _traces()) or _is_fake(_first(args)):
             op(*_with_tensors(args, kinds))
         else:

@@ -132,7 +132,7 @@ def lora_embedding(
         True
     """
     _check(input_ids, weight, lora_a, lora_b)
-    factor = checks.check_run_time_scale("scale", scale, weight.device)
+    factor = checks.check_run_time_scale("scale", scale, weight)
     padding = -1 if padding_idx is None else _check_padding(padding_idx, weight.shape[0])
     # A tensor while tracing: a float would compile one graph per value.
     apply: Callable[..., Tensor] = _apply

@@ -146,7 +146,7 @@ def lora_linear(
         torch.Size([2, 5, 16])
     """
     dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
-    factor = checks.check_run_time_scale("scale", scale, x.device)
+    factor = checks.check_run_time_scale("scale", scale, x)
     probability = 0.0
     if training and dropout_p != 0.0:
         probability = checks.check_probability("dropout_p", dropout_p)
@@ -251,7 +251,7 @@ def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, LoRASpec, str 
     given = bound.arguments
     x, weight, lora_a = given["x"], given["weight"], given["lora_a"]
     dtype, _ = check_tensors(x, weight, lora_a, given["lora_b"], given["bias"])
-    checks.check_run_time_scale("scale", given["scale"], x.device)
+    checks.check_run_time_scale("scale", given["scale"], x)
     checks.check_probability("dropout_p", given["dropout_p"])
     backends.check_backend_name(given["backend"])
     dropout = given["training"] and given["dropout_p"] > 0.0

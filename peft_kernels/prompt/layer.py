@@ -49,7 +49,8 @@ class PromptEmbedding(nn.Module):
     Raises:
         TypeError: not exactly an ``nn.Embedding``, or an ``init`` of another kind.
         ValueError: an embedding with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``; no virtual
-            tokens; an ``init`` of another shape, or ids outside the vocabulary.
+            tokens; an ``init`` of another shape, or ids outside the vocabulary; the size of an MLP
+            that there is not.
 
     Source: Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, EMNLP 2021;
         Liu et al., *GPT Understands, Too* (P-tuning), 2021.
@@ -80,6 +81,11 @@ class PromptEmbedding(nn.Module):
         """Wrap ``embedding`` and make the prompt."""
         _check_embedding(embedding)
         _check_size("num_virtual_tokens", num_virtual_tokens)
+        if projection_hidden is not None and not prompt_projection:
+            raise ValueError(
+                f"projection_hidden is the size of the MLP behind the prompt, got "
+                f"{projection_hidden!r} without prompt_projection=True"
+            )
         super().__init__()
         self.num_virtual_tokens = num_virtual_tokens
         self.position = position

@@ -131,6 +131,7 @@ class _Scaled(nn.Embedding):
             "a row that is not padding_idx",
         ),
         ({"prompt_projection": True, "projection_hidden": 0}, ValueError, "projection_hidden"),
+        ({"projection_hidden": 8}, ValueError, "without prompt_projection=True"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], error: type[Exception], text: str) -> None:
