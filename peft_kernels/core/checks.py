@@ -158,7 +158,7 @@ def check_run_time_scale(name: str, value: object, like: Tensor) -> float | Tens
         TypeError: neither a number nor a float32 tensor.
         ValueError: not finite; a tensor of several elements, on another device, or with a gradient.
     """
-    if type(value) is float or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return check_scale(name, value)
     if value.dtype != torch.float32:
         raise TypeError(

@@ -146,7 +146,11 @@ def lora_linear(
         torch.Size([2, 5, 16])
     """
     dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
-    factor = checks.check_run_time_scale("scale", scale, x)
+    factor = (
+        checks.check_run_time_scale("scale", scale, x)
+        if isinstance(scale, Tensor)
+        else checks.check_scale("scale", scale)
+    )
     probability = 0.0
     if training and dropout_p != 0.0:
         probability = checks.check_probability("dropout_p", dropout_p)
