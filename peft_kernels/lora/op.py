@@ -146,6 +146,7 @@ def lora_linear(
         torch.Size([2, 5, 16])
     """
     dtype, autocast = check_tensors(x, weight, lora_a, lora_b, bias)
+    # One call for a number: this is in the way of every small call.
     factor = (
         checks.check_run_time_scale("scale", scale, x)
         if isinstance(scale, Tensor)

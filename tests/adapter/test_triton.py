@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from peft_kernels import explain
 from peft_kernels.adapter.activations import NAMES
-from peft_kernels.core import adapter_tiles, rng, triton_runtime
+from peft_kernels.core import adapter_tiles, rng, tiles, triton_runtime
 from tests.adapter.problems import RESIDUALS, SCALES, check, eager, fused, problem, results
 
 pytestmark = [
@@ -46,6 +47,30 @@ def test_both_orders_of_the_second_pass_give_the_same_bits(
         found.append(results(fused(given, inputs, "triton"), inputs, given.dy))
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 150])
+def test_what_hopper_is_told_of_loops_holds(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter checks assumptions: that loops run, in backward under dropout."""
+    given = problem(tokens, 20, 3, dropout_p=0.3)
+    from peft_kernels.adapter import launch as adapter_launch
+    from peft_kernels.core import token_reduction
+
+    found, told = [], []
+    launched = adapter_launch.launch
+
+    def noted(kernel: Any, *args: Any, **named: Any) -> None:
+        told.append(named.get("WGMMA", False))
+        launched(kernel, *args, **named)
+
+    monkeypatch.setattr(adapter_launch, "launch", noted)
+    for hopper in (False, True):
+        monkeypatch.setattr(tiles, "wgmma", lambda device, answer=hopper: answer)
+        monkeypatch.setattr(token_reduction, "wgmma", lambda device, answer=hopper: answer)
+        inputs = given.inputs()
+        found.append(results(fused(given, inputs, "triton"), inputs, given.dy))
+    assert told == [False, False, False, True]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])

@@ -143,3 +143,14 @@ def test_tma_names_rows_of_16_bytes_that_do_not_overlap() -> None:
     assert not _describable(good, rows(8, 64)[:, 1:49]), "an address between two"
     assert not _describable(good, rows(1, 48).expand(8, 48)), "one row eight times"
     assert not _describable(good, rows(8, 96)[:, ::2]), "no stride of 1"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 0), False)]
+)
+def test_products_of_hopper_alone_are_those_of_warp_groups(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_runtime, "capability", lambda index: capability)
+    assert tiles.wgmma(torch.device("cuda")) is expected
+    assert not tiles.wgmma(torch.device("cpu"))

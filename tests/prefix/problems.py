@@ -64,8 +64,8 @@ def laid_out(given: Problem, layout: str) -> tuple[Problem, Problem]:
 
     Args:
         given: whose operands of at least three dimensions are laid out.
-        layout: "heads last", "slices" of wider rows, "expanded" over the batch, "one sample" (a
-            single index has an odd stride), or "shifted" by one element.
+        layout: "heads last", "slices" of wider rows, "expanded" over the batch, "one row" over all
+            rows, "one sample" (a single index has an odd stride), or "shifted" by one element.
     """
 
     def arranged(t: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ def laid_out(given: Problem, layout: str) -> tuple[Problem, Problem]:
             pairs = zip(t.shape, t.stride(), strict=True)
             return t.as_strided(t.shape, [7 if n == 1 else stride for n, stride in pairs])
         if layout == "shifted":
-            return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+            return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape)
+        if layout == "one row":
+            return t[..., :1, :].expand_as(t)
         assert layout == "expanded"
         return t[:1].expand_as(t)
 
@@ -90,8 +92,8 @@ def laid_out(given: Problem, layout: str) -> tuple[Problem, Problem]:
     )
     packed = replace(
         given,
-        tensors={name: t.contiguous() for name, t in strided.tensors.items()},
-        dout=strided.dout.contiguous(),
+        tensors={name: t.contiguous().clone() for name, t in strided.tensors.items()},
+        dout=strided.dout.contiguous().clone(),
     )
     return strided, packed
 

@@ -334,7 +334,7 @@ def test_counters_are_zero_again_after_every_launch(monkeypatch: pytest.MonkeyPa
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("layout", ["heads last", "slices", "expanded"])
+@pytest.mark.parametrize("layout", ["heads last", "slices", "expanded", "one row"])
 def test_strides_change_no_bit(layout: str) -> None:
     strided, packed = laid_out(problem(**RICH, gated=True), layout)
     assert strided.query.stride() != packed.query.stride()
