@@ -51,17 +51,16 @@ def _add_key_gradients(
     head, block, S, group, first, last,
     seed_ptr, column, groups, drop_threshold, score_scale, inverse_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, EMPTY: tl.constexpr, GATED: tl.constexpr,
-    HAS_DLSE: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    LSE_TMA: tl.constexpr,
+    LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, LSE_TMA: tl.constexpr,
 ):  # fmt: skip
     """Return (dk / scale, dv · (1 - p)) of a tile of keys after one block of a head's rows.
 
-    BOUNDED: a key is seen by the queries of [first, last). EMPTY: some of them may see no key.
-    GATED: p times tanh(gate), whose first head is at ``gate_ptr``, times ``inverse_unit``. TMA: q
-    and dout are descriptors, LSE_TMA: lse and delta. LOAD_MASK: some rows may not exist; they are
-    zeros and add nothing.
+    BOUNDED: a key is seen by the queries of [first, last), so that a query that sees none, whose
+    lse is -inf, is in no interval. GATED: p times tanh(gate), whose first head is at ``gate_ptr``,
+    times ``inverse_unit``. TMA: q and dout are descriptors, LSE_TMA: lse and delta. LOAD_MASK: some
+    rows may not exist; they are zeros and add nothing.
     """
     row0 = block * BLOCK_M
     query_head = heads_before + head  # of [B · Hq]
@@ -85,7 +84,7 @@ def _add_key_gradients(
     lse = load_row_numbers(
         lse_ptr, query_head, row0, first_row, exists, BLOCK_M, LOAD_MASK, LSE_TMA
     )
-    p = exponential(s * score_scale - lse_of_scores(lse, q, EMPTY)[None, :], q)
+    p = exponential(s * score_scale - lse_of_scores(lse, q)[None, :], q)
     if BOUNDED:
         seen = (query[None, :] >= first[:, None]) & (query[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
@@ -143,8 +142,6 @@ def _prefix_key_gradient_kernel(
     and delta, of [B · Hq, S]. RAGGED: there are tiles of rows some of which do not exist.
     """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
-    # Without either, every query sees a key.
-    EMPTY: tl.constexpr = WINDOW or KEY_MASK
     tiles = tl.cdiv(T, BLOCK_N)
     # Under a causal mask the first keys are seen by the most rows: of some pairs of batch row and
     # head, as many as the cache has room for, they start first.
@@ -188,7 +185,7 @@ def _prefix_key_gradient_kernel(
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
                 first_head, heads_before, 0, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, EMPTY, False, HAS_DLSE,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, False, HAS_DLSE,
                 DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
     else:
@@ -199,7 +196,7 @@ def _prefix_key_gradient_kernel(
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
                 first_head, heads_before, head, whole + index, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, EMPTY, False, HAS_DLSE,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, HAS_DLSE,
                 DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
             head, index = carried(head, index + 1, whole_blocks)
@@ -211,7 +208,7 @@ def _prefix_key_gradient_kernel(
                 lse_ptr, 1.0, stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32),
                 first_head, heads_before, head, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, EMPTY, False, HAS_DLSE,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, False, HAS_DLSE,
                 DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
             )  # fmt: skip
             head, index = carried(head, index + 1, edges)
@@ -304,7 +301,7 @@ def _prefix_gradient_kernel(
             stride_qh, stride_qm, stride_oh, stride_om, batch.to(tl.int32), first_head,
             (batch * kv_heads + kv_head) * group, head, block, S, group, offs_n, offs_n,
             seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, False, False, GATED, HAS_DLSE,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, False, GATED, HAS_DLSE,
             DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
         )  # fmt: skip
         head, block = carried(head, block + 1, blocks)

@@ -56,14 +56,12 @@ def negated(block, NEGATE: tl.constexpr):
 def load_lse(lse_ptr, rows, exists, like):
     """Return lse in the base of the scores; +inf, which makes p 0, of rows with nothing to see."""
     lse = tl.load(lse_ptr + rows, mask=exists, other=float("inf"))
-    return lse_of_scores(lse, like, True)
+    return lse_of_scores(tl.where(lse == float("-inf"), float("inf"), lse), like)
 
 
 @triton.jit
-def lse_of_scores(lse, like, EMPTY: tl.constexpr):
-    """Return lse in the base of the scores; EMPTY: some rows may have nothing to see."""
-    if EMPTY:
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+def lse_of_scores(lse, like):
+    """Return lse in the base of the scores."""
     if like.dtype == tl.float32:
         return lse
     else:

@@ -233,7 +233,8 @@ def test_the_prefix_is_summed_over_every_row_once(
     from peft_kernels.prefix import launch
 
     monkeypatch.setattr(launch, "_splits", lambda tiles, *_: min(splits, tiles))
-    check(problem(batch=3, queries=20, keys=5, prefix=19, shared=shared), "triton", torch.float32)
+    given = problem(batch=3, heads=4, kv_heads=2, queries=20, keys=5, prefix=19, shared=shared)
+    check(given, "triton", torch.float32)
 
 
 def test_batches_are_split_in_tests_too() -> None:
