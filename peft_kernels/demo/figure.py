@@ -84,7 +84,7 @@ def _bars(
     for index, (name, (color, values)) in enumerate(series.items()):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(rows))]
         bars = axes.bar(places, values, width * 0.92, color=color, label=name)
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6)
     axes.set_xticks(range(len(rows)), [row.name.replace(", ", "\n") for row in rows], fontsize=8)
     axes.set_ylabel(label)
     axes.legend(frameon=False, ncols=len(series), loc="upper center")
