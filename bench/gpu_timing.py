@@ -2,11 +2,13 @@
 
 ``python -m bench.gpu_timing STATE.json SECONDS ITEM...`` works through the items "main NAME" (a
 case against its baselines) and "variants NAME" (every kernel variant of it), and after each
-rewrites STATE.json. SECONDS is when it must have ended.
+rewrites STATE.json. SECONDS is when it must have ended. ``--prepare ITEM...`` times nothing: it
+compiles what the items will run, into the caches of Triton and torch.compile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,8 +19,8 @@ from typing import Any
 import torch
 
 from bench import methods, store
-from bench.method import DRY, GPU, MAIN, VARIANTS, Case
-from bench.rows import PeakTable, Row, guarded, measure_case, plain
+from bench.method import BOTH, DRY, GPU, MAIN, VARIANTS, Case, Provider
+from bench.rows import PeakTable, Row, call_of, guarded, measure_case, plain
 from bench.stages import watchdog
 
 SECONDS_A_CASE = 2.0
@@ -38,10 +40,14 @@ def items(dry: bool, ops: Sequence[str] | None = None) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Time the items and return 0, or 3 if the device no longer answers."""
-    state_path, seconds, *asked = arguments
-    ends = time.monotonic() + float(seconds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = {case.name: case for each in methods.METHODS.values() for case in each.cases}
+    if arguments[0] == "--prepare":
+        for item in arguments[1:]:
+            _prepare(item, cases, device)
+        return 0
+    state_path, seconds, *asked = arguments
+    ends = time.monotonic() + float(seconds)
     peaks = PeakTable(device, tiny=device.type == "cpu")
     state: dict[str, Any] = {"running": None, "done": [], "rows": [], "peaks": []}
     found: list[tuple[str, Row]] = []
@@ -67,17 +73,39 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _resolved(item: str, cases: dict[str, Case]) -> tuple[Any, tuple[Provider, ...]]:
+    """Return the case that an item names, and who computes it."""
+    group, name = item.split(" ", 1)
+    case = cases[name]
+    return case, methods.method_of(case).gpu[group]
+
+
+def _prepare(item: str, cases: dict[str, Case], device: torch.device) -> None:
+    """Run forward and backward of every provider once; what one raises, its gate will say."""
+    case, providers = _resolved(item, cases)
+    problem = methods.method_of(case).make_problem(case, device)
+    for provider in providers:
+        if provider.why_not(problem) is None:
+            with contextlib.suppress(Exception):
+                call_of(provider, problem, BOTH)()
+            print(f"ran {provider.name}  {item}", flush=True)
+
+
 def _measure(
     item: str, cases: dict[str, Case], device: torch.device, peaks: PeakTable
 ) -> list[Row]:
-    group, name = item.split(" ", 1)
-    case = cases[name]
-    providers = methods.method_of(case).gpu[group]
+    case, providers = _resolved(item, cases)
     seconds, rounds = (SECONDS_A_CASE, 5) if device.type == "cuda" else (0.1, 2)
 
     def measure() -> list[Row]:
         return measure_case(
-            case, providers, device, seconds, peaks, counted=group == MAIN, least_rounds=rounds
+            case,
+            providers,
+            device,
+            seconds,
+            peaks,
+            counted=item.startswith(MAIN),
+            least_rounds=rounds,
         )
 
     return guarded(measure, case)

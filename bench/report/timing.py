@@ -1,13 +1,17 @@
 """The times of one method: every case against its baselines, and every kernel variant.
 
 Each case passes its numerics gate before it is timed. ``bench.gpu_timing`` does the work in
-processes of its own; one that dies costs the item it was at, no other.
+processes of its own; one that dies costs the item it was at, no other. Kernels are compiled first,
+by processes side by side: a compiler has one core, and the device waits for nobody while it times.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from bench.report.text import timing_text
 SECONDS = {"lora": 240.0, "adapter": 180.0, "prefix": 360.0, "prompt": 120.0}
 OTHERS_S, DRY_SECONDS = 240.0, 150.0
 LEAST_S = 15.0  # no process is started for less
+PREPARE_S, SIDE_BY_SIDE = 60.0, 12
 NAMES = tuple(METHODS)
 
 
@@ -42,6 +47,8 @@ def _measure(stage: Stage, state_path: Path) -> None:
     peaks: list[dict[str, Any]] = []
     done: list[str] = []
     stage.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks, done=done)
+    if not stage.dry:  # an interpreter compiles nothing
+        _prepare(stage, pending, state_path.parent)
     while pending and stage.left() > LEAST_S:
         state_path.unlink(missing_ok=True)
         # The child ends on its own before its limit; a hung kernel does not.
@@ -65,3 +72,23 @@ def _measure(stage: Stage, state_path: Path) -> None:
         if ended.status == 0 or not finished:
             break
     stage.add(rows=rows, crashed=crashed, not_run=pending, peaks=peaks, done=done)
+
+
+def _prepare(stage: Stage, items: Sequence[str], folder: Path) -> None:
+    """Compile what the items will run; what is missing after its time is compiled when needed."""
+    started, limit = stage.left(), min(PREPARE_S, stage.left() / 3)
+    workers = max(1, min(SIDE_BY_SIDE, len(items), (os.cpu_count() or 1) - 1))
+
+    def prepare(number: int) -> None:
+        log = folder / f"prepare-{number}.log"
+        log.touch()
+        seconds = limit - (started - stage.left())
+        if seconds > 0:
+            command = ["-m", "bench.gpu_timing", "--prepare", items[number]]
+            stage.run(f"prepare {items[number]}", command, seconds, log=log)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(prepare, range(len(items))))
+    with stage.log.open("ab") as whole:
+        for number in range(len(items)):
+            whole.write((folder / f"prepare-{number}.log").read_bytes())

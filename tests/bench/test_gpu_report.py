@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from bench import gpu_report, gpu_timing
 from bench.lora.cases import DRY_CASES, REPORT_CASES
+from bench.method import BOTH, Provider
 from bench.methods import METHODS
 from bench.report import building, stage, timing
 from bench.report.stage import Stage
@@ -159,6 +161,46 @@ def test_a_dry_run_times_the_triton_kernels_of_the_methods_asked_for(tmp_path: P
     ours = [row for row in content["rows"] if row["provider"] == "fused"]
     assert {row["op"] for row in ours} == set(OTHERS)
     assert all(row["status"] == TIMED and row["plan"].startswith("triton") for row in ours)
+
+
+def test_preparing_runs_every_provider_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that raises is told by its gate, later: the others are still prepared."""
+    (item,) = gpu_timing.items(dry=True, ops=["prompt"])
+    providers = METHODS["prompt"].gpu["main"]
+    called = []
+
+    def call_of(provider: Provider, problem: Any, direction: str) -> Callable[[], None]:
+        def call() -> None:
+            called.append((provider.name, direction))
+            raise RuntimeError("broken")
+
+        return call
+
+    monkeypatch.setattr(gpu_timing, "call_of", call_of)
+    assert gpu_timing.main(["--prepare", item]) == 0
+    names = [name for name, _ in called]
+    assert "eager" in names and "fused" in names and len(names) == len(providers)
+    assert {direction for _, direction in called} == {BOTH}
+    assert f"ran fused  {item}" in capsys.readouterr().out
+
+
+def test_a_stage_compiles_side_by_side_before_it_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepares = "if sys.argv[1] == '--prepare': sys.exit(print('compiled', sys.argv[2]))"
+    (tmp_path / "timing.py").write_text(f"import sys\n{prepares}\n{DIES}")
+    monkeypatch.setattr(gpu_timing, "items", lambda dry, ops: ["main a", "main c", "main d"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    each = started("lora", tmp_path / "out")
+    each.dry = False
+    runs_instead(tmp_path / "timing.py", each, monkeypatch)
+    monkeypatch.setattr(timing, "timing_text", lambda content: ("", True))
+    timing.run(each)
+    log = each.log.read_text()
+    assert all(f"compiled {item}\n" in log for item in ("main a", "main c", "main d"))
+    assert each.content["done"] == ["main a", "main c", "main d"] and each.content["ok"]
 
 
 def test_items_are_every_case_before_any_variant() -> None:
