@@ -135,10 +135,10 @@ _TABLES: dict[str, dict[str, dict[str, str]]] = {
 # H200 they took 0.72 to 0.96 of the time of the best tiles without, which give the same bits.
 _BY_TMA = {
     "sm_90": {
-        "forward": "64x64x4x3 64x64x4x3",
+        "forward": "64x64x4x2/128 64x64x4x3",
         "query": "64x64x4x2/128 64x64x4x2",
         "key": "64x64x4x2/168 64x64x4x2",
-        "prefix": "64x64x4x2/168 64x64x4x2",
+        "prefix": "64x64x4x3 64x64x4x2",
     },
 }
 # The least number of queries from which "split" is faster than our kernel over both ranges: the

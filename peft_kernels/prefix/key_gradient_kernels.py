@@ -53,14 +53,15 @@ def _add_key_gradients(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD_MASK: tl.constexpr, BOUNDED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, LSE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, LSE_TMA: tl.constexpr, DV_LATE: tl.constexpr,
 ):  # fmt: skip
     """Return (dk / scale, dv · (1 - p)) of a tile of keys after one block of a head's rows.
 
     BOUNDED: a key is seen by the queries of [first, last), so that a query that sees none, whose
     lse is -inf, is in no interval. GATED: p times tanh(gate), whose first head is at ``gate_ptr``,
     times ``inverse_unit``. TMA: q and dout are descriptors, LSE_TMA: lse and delta. LOAD_MASK: some
-    rows may not exist; they are zeros and add nothing.
+    rows may not exist; they are zeros and add nothing. DV_LATE: dv's product comes after dp's, so
+    that Hopper computes p while that of dp runs and ds while that of dv does; p is held for longer.
     """
     row0 = block * BLOCK_M
     query_head = heads_before + head  # of [B · Hq]
@@ -102,7 +103,7 @@ def _add_key_gradients(
         rows = first_row + tl.arange(0, BLOCK_M)
         keep = tl.trans(keep_mask(seed, rows, column // 4, groups, drop_threshold, BLOCK_N))
         kept = tl.where(keep, p, 0.0)
-    if NEED_DV:
+    if NEED_DV and not DV_LATE:
         dv = multiply_add(kept.to(dout.dtype), dout, dv, PRECISION)
     if NEED_DK:
         dp = multiply(v, tl.trans(dout), PRECISION)
@@ -118,6 +119,9 @@ def _add_key_gradients(
             )
             ds += dlse[None, :]
         ds *= p
+    if NEED_DV and DV_LATE:
+        dv = multiply_add(kept.to(dout.dtype), dout, dv, PRECISION)
+    if NEED_DK:
         dk = multiply_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
@@ -142,6 +146,8 @@ def _prefix_key_gradient_kernel(
     and delta, of [B · Hq, S]. RAGGED: there are tiles of rows some of which do not exist.
     """
     BOUNDED: tl.constexpr = CAUSAL or WINDOW or PACKED or KEY_MASK
+    # Heads of 64 leave registers for a third program if p is not held; others for nothing more.
+    DV_LATE: tl.constexpr = TMA and D == 128 and not (WINDOW or PACKED or KEY_MASK)
     tiles = tl.cdiv(T, BLOCK_N)
     # Under a causal mask the first keys are seen by the most rows: of some pairs of batch row and
     # head, as many as the cache has room for, they start first.
@@ -186,7 +192,7 @@ def _prefix_key_gradient_kernel(
                 first_head, heads_before, 0, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, False, HAS_DLSE,
-                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA, DV_LATE,
             )  # fmt: skip
     else:
         head, index = 0, 0
@@ -197,7 +203,7 @@ def _prefix_key_gradient_kernel(
                 first_head, heads_before, head, whole + index, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, False, HAS_DLSE,
-                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA, DV_LATE,
             )  # fmt: skip
             head, index = carried(head, index + 1, whole_blocks)
         head, index = 0, 0
@@ -209,7 +215,7 @@ def _prefix_key_gradient_kernel(
                 first_head, heads_before, head, block, S, group, first, last,
                 seed_ptr, padded + n, groups, drop_threshold, score_scale, inverse_keep,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, BOUNDED, False, HAS_DLSE,
-                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
+                DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA, DV_LATE,
             )  # fmt: skip
             head, index = carried(head, index + 1, edges)
     rows = pair.to(tl.int64) * T + key64  # of [B, Hkv, T]
@@ -302,7 +308,7 @@ def _prefix_gradient_kernel(
             (batch * kv_heads + kv_head) * group, head, block, S, group, offs_n, offs_n,
             seed_ptr, n, groups, drop_threshold, score_scale, inverse_keep,
             D, BLOCK_D, BLOCK_M, BLOCK_N, RAGGED, False, GATED, HAS_DLSE,
-            DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA,
+            DROPOUT, FOLD, NEED_DK, NEED_DV, PRECISION, TMA, LSE_TMA, TMA and not GATED,
         )  # fmt: skip
         head, block = carried(head, block + 1, blocks)
         sample, head = carried(sample, head, heads)
