@@ -85,7 +85,11 @@ def _prepare(stage: Stage, items: Sequence[str], folder: Path) -> None:
         seconds = limit - (started - stage.left())
         if seconds > 0:
             command = ["-m", "bench.gpu_timing", "--prepare", items[number]]
-            stage.run(f"prepare {items[number]}", command, seconds, log=log)
+            # Of torch.compile too: each would start as many compilers as there are cores.
+            stage.run(
+                f"prepare {items[number]}", command, seconds, log=log,
+                TORCHINDUCTOR_COMPILE_THREADS="1",
+            )  # fmt: skip
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(prepare, range(len(items))))
