@@ -15,8 +15,8 @@ from peft_kernels.core import lora_tables, lora_tiles, tiles, triton_runtime
 from peft_kernels.core.lora_tables import LoRATile
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-# Both sides of every threshold; multiply-adds 2**35 lie between 4096**2 x 2047 and x 2048.
-TOKENS = (1, 16, 17, 256, 257, 2047, 2048, 8192)
+# Both sides of every threshold; 4096**2 x 1024 and x 2048 are 2**34 and 2**35 multiply-adds.
+TOKENS = (1, 16, 17, 256, 257, 1023, 1024, 2047, 2048, 8192)
 RANKS = (1, 8, 12, 16, 17, 24, 32, 33, 40, 256)
 FEATURES = ((4096, 4096), (64, 512))
 
@@ -35,7 +35,7 @@ def frozen(
     suffix = "+" if rank > 16 else ""
     name = shape_class + suffix
     interpreted = LoRATile("ticket", 32, 32, 32, 4, 1)
-    if forced == "ticket_tma" or work >= 1 << 35:
+    if forced == "ticket_tma" or work >= 1 << (34 if direction in ("dropped", "masked") else 35):
         by_table = forced is None and shape_class not in ("decode", "small")
         wanted = forced == "ticket_tma" or by_table
         if wanted and family is None and forced:
