@@ -74,6 +74,8 @@ def merge(content: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
         if taken["provider"] == ALL and _group(row) == VARIANTS:
             taken["provider"] = ALL_VARIANTS
         held = rows.get(_key(taken))
+        if "out of time" in taken["note"]:  # that says nothing of the case
+            continue
         if held is not None and (_unmeasured(taken) or held.get("date", "") > taken["date"]):
             continue
         rows[_key(taken)] = taken
@@ -112,7 +114,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _unmeasured(row: Mapping[str, Any]) -> bool:
-    return row.get("status") == NOT_RUN or "out of time" in row["note"]
+    return bool(row.get("status") == NOT_RUN)
 
 
 def write(folder: Path, outs: Sequence[Path] = ()) -> None:
@@ -126,7 +128,7 @@ def write(folder: Path, outs: Sequence[Path] = ()) -> None:
                 store.replace(path, merge(load(path, kind), stage))
         if (out / "tune.json").exists():
             stage = json.loads((out / "tune.json").read_text(encoding="utf-8"))
-            if stage.get("table") and not stage["dry_run"]:
+            if (stage.get("table") or {}).get("measured") and not stage["dry_run"]:
                 store.replace(folder / "tuned.json", stage["table"])
     page = folder / "README.md"
     if page.exists():

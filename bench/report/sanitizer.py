@@ -31,6 +31,7 @@ OPTIONS = [
     "--destroy-on-device-error", "kernel", "--show-backtrace", "no", "--launch-timeout", "120",
     "--print-limit", "20",
 ]  # fmt: skip
+_BROKEN = re.compile(r"^=+ (Internal Sanitizer Error: .*)$", re.MULTILINE)
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
 
@@ -116,6 +117,8 @@ def read(which: str, name: str, text: str, ended: str) -> dict[str, Any]:
     summary = _SUMMARY.findall(text)
     # A second summary counts those that were not printed.
     numbers = [int(each) for line in summary for each in re.findall(r"(\d+) errors?\b", line)]
+    if broken := _BROKEN.search(text):  # what it counts then is that the program did not end well
+        numbers, ended = [], broken[1]
     ran = re.findall(r"^ran (\S+) (\S+): ?(.*)$", text, re.MULTILINE)
     lines = [line.removeprefix("=========").strip() for line in text.splitlines()]
     marks = ("Invalid ", "Error:", "Race reported", "Warning:", "Target application", "Misaligned ")

@@ -75,6 +75,7 @@ def test_what_did_not_run_takes_no_row_away_and_what_failed_does() -> None:
     timed = Result("some case", EAGER, "", 10.0, 2.0, 1.5).__dict__
     trained = merge(empty(), stage(timed))
     assert merge(trained, stage(late))["rows"] == trained["rows"]
+    assert merge(empty(), stage(late))["rows"] == []
 
 
 def test_a_case_that_raised_is_there_until_it_runs() -> None:
@@ -130,8 +131,12 @@ def test_files_of_a_report_become_those_of_its_gpu(
     (out / "lora.json").write_text(json.dumps(stage(row("fused", 2.0), row("factored", 1.0))))
     new = [Result(CASES[0].name, COMPILED, "", 20.0, 2.0, 1.5, [1.0]).__dict__]
     (out / "training.json").write_text(json.dumps(stage(*new) | {"stage": "training"}))
-    tuned = {"format": 1, "tiles": {"some": "tile"}}
+    tuned = {"format": 1, "families": {}, "measured": {"some": "tile"}}
     (out / "tune.json").write_text(json.dumps(stage() | {"stage": "tune", "table": tuned}))
+    assert committed.main([str(out)]) == 0
+    # One that had time for nothing takes nothing away.
+    nothing = tuned | {"measured": {}}
+    (out / "tune.json").write_text(json.dumps(stage() | {"stage": "tune", "table": nothing}))
     assert committed.main([str(out)]) == 0
     assert json.loads((home / "tuned.json").read_text()) == tuned
     text = (home / "README.md").read_text()

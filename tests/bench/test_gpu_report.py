@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -243,6 +244,24 @@ def test_an_item_that_hangs_ends_its_process(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and "Timeout" in done.stderr
     assert json.loads((tmp_path / "state.json").read_text())["running"] == "main a"
+
+
+def test_items_are_begun_while_one_like_those_before_still_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first also starts the libraries: 10 s, then 4 each; a fifth would not fit in 25."""
+    clock = [0.0]
+
+    def measure(item: str, *given: Any) -> list[Any]:
+        clock[0] += 10.0 if item == "main 0" else 4.0
+        return []
+
+    monkeypatch.setattr(gpu_timing, "_measure", measure)
+    monkeypatch.setattr(gpu_timing.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_timing, "watchdog", contextlib.nullcontext)
+    state = tmp_path / "state.json"
+    assert gpu_timing.main([str(state), "25", *(f"main {number}" for number in range(9))]) == 0
+    assert json.loads(state.read_text())["done"] == ["main 0", "main 1", "main 2", "main 3"]
 
 
 def test_nothing_is_timed_when_the_time_is_up(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ RACECHECK = """========= COMPUTE-SANITIZER
 ran triton:drop float32: _drop_kernel
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
+BROKEN = """========= COMPUTE-SANITIZER
+========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.
+========= Error: process didn't terminate successfully
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
 CLEAN = "ran triton:drop float32: _drop_kernel\n========= ERROR SUMMARY: 0 errors\n"
 
 
@@ -53,6 +58,7 @@ def test_errors_are_read_from_the_tools_summaries() -> None:
         ("triton:drop", CLEAN, "exit status 1 after 2 s", "exit status 1"),
         ("triton:drop", "Device not supported", "stopped after 9 s", "no result: stopped"),
         ("triton:drop", "========= ERROR SUMMARY: 0 errors", "", "nothing ran"),
+        ("triton:drop", BROKEN, "exit status 6", "no result: Internal Sanitizer Error: The"),
         ("planted:global", MEMCHECK, "exit status 1", None),
         ("planted:global", CLEAN, "", "NOT FOUND"),
         ("planted:race", "", "", "no result"),
