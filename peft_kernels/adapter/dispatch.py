@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.adapter import check, cpp, cuda, reference, reference_grouped
+from peft_kernels.adapter import check, cpp, cuda, flops, reference, reference_grouped
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
@@ -217,6 +217,7 @@ adapter_forward = out_variant_op(
     "bool input_residual, Tensor scale, str activation, Tensor? seed, float dropout_p, "
     "str? backend, Tensor? index, Tensor(a!) y, Tensor(b!) pre) -> ()",
     ("y", "pre"),
+    flops.of_forward,
 )
 adapter_backward = out_variant_op(
     "adapter_backward",
@@ -226,4 +227,5 @@ adapter_backward = out_variant_op(
     "Tensor? index, bool input_residual, Tensor(a!)? dx, Tensor(b!)? d_down, Tensor(c!)? d_up, "
     "Tensor(d!)? d_down_bias, Tensor(e!)? d_up_bias, Tensor(f!)? d_scale) -> ()",
     ("dx", "d_down", "d_up", "d_down_bias", "d_up_bias", "d_scale"),
+    flops.of_backward,
 )

@@ -4,24 +4,29 @@ A launcher writes into tensors that Python allocated and returns nothing. Regist
 out-variant it needs no fake implementation and no autograd formula of its own: the
 ``autograd.Function`` around it is traced, the launcher stays opaque. In eager mode the launcher is
 called directly, because a dispatcher hop costs more host time than the whole Python side; not so
-where tensors have no data (fake tensors) or what runs is recorded (``make_fx``): a launcher would
-write to nowhere, or leave nothing in the record.
+where tensors have no data (fake tensors) or what runs is recorded (``make_fx``) or counted
+(``FlopCounterMode``): a launcher would write to nowhere, or leave nothing to record or count.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _python_dispatch
 
 # Classes of tensors that a launcher can always take.
 _WITH_DATA = {torch.Tensor, torch.nn.Parameter}
 
 
 def out_variant_op(
-    name: str, launcher: Callable[..., None], schema: str, writes: tuple[str, ...]
+    name: str,
+    launcher: Callable[..., None],
+    schema: str,
+    writes: tuple[str, ...],
+    flops: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[..., None]:
     """Register ``launcher`` as ``peft_kernels::name`` and return a function that picks the way in.
 
@@ -30,17 +35,26 @@ def out_variant_op(
         launcher: a function that fills some of its arguments and returns None.
         schema: its schema, ``(Tensor x, Tensor(a!) y) -> ()``.
         writes: names of the arguments that it fills.
+        flops: from its arguments by name to its floating-point operations; None where it launches
+            none of its own, or PyTorch's operations, which are counted one by one.
 
     Returns:
         A function with the launcher's parameters, positional: the op while ``torch.compile``
-        or ``make_fx`` traces and for fake tensors, the launcher itself otherwise.
+        or ``make_fx`` traces, for fake tensors and where FLOPs are counted, the launcher itself
+        otherwise.
     """
     op = torch.library.custom_op(
         f"peft_kernels::{name}", launcher, mutates_args=writes, schema=schema
     )
 
-    registered = getattr(torch.ops.peft_kernels, name).default
+    packet = getattr(torch.ops.peft_kernels, name)
+    registered = packet.default
     kinds = [str(each.type) for each in registered._schema.arguments]
+    names = [each.name for each in registered._schema.arguments]
+
+    def formula(*args: object, out_val: object = None, **named: object) -> int:
+        return flops(dict(zip(names, args, strict=False)) | named) if flops else 0
+
     # Looked up once, not in every call.
     is_compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
@@ -49,10 +63,12 @@ def out_variant_op(
             op(*args)
         elif type(args[0]) in _WITH_DATA and not modes():
             launcher(*args)
-        elif _traces() or _is_fake(_first(args)):
-            op(*_with_tensors(args, kinds))
         else:
-            launcher(*args)
+            told = flops and modes() and _counts(packet, formula)
+            if told or _traces() or _is_fake(_first(args)):
+                op(*_with_tensors(args, kinds))
+            else:
+                launcher(*args)
 
     return run
 
@@ -69,6 +85,19 @@ def _traces() -> bool:
         torch._C._get_dispatch_mode(key) is not None
         for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
     )
+
+
+def _counts(packet: Any, formula: Callable[..., int]) -> bool:
+    """Return whether FLOPs are counted; every counter that does not know the op is told of it.
+
+    It is told here, since its module, which would register the formula for all, imports Triton.
+    """
+    modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+    names = ("FlopCounterMode", "_FlopCounterMode")
+    counters = [getattr(each, "counter", each) for each in modes if type(each).__name__ in names]
+    for counter in counters:
+        counter.flop_registry.setdefault(packet, formula)
+    return bool(counters)
 
 
 def _first(args: tuple[object, ...]) -> Any:

@@ -16,7 +16,7 @@ from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, widen
-from peft_kernels.lora import cpp, cuda, reference
+from peft_kernels.lora import cpp, cuda, flops, reference
 
 
 class LoRASpec(NamedTuple):
@@ -150,6 +150,7 @@ lora_forward = out_variant_op(
     "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
     "Tensor scale, float dropout_p, str? backend, Tensor(a!) y, Tensor(b!) s) -> ()",
     ("y", "s"),
+    flops.of_forward,
 )
 lora_backward = out_variant_op(
     "lora_backward",
@@ -158,4 +159,5 @@ lora_backward = out_variant_op(
     "Tensor scale, float dropout_p, str? backend, Tensor(a!)? dx, Tensor(b!)? da, Tensor(c!)? db, "
     "Tensor(d!)? dbias, Tensor(e!)? dweight) -> ()",
     ("dx", "da", "db", "dbias", "dweight"),
+    flops.of_backward,
 )

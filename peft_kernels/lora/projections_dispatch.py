@@ -16,7 +16,7 @@ from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, widen
-from peft_kernels.lora import cpp, cuda, dispatch, reference
+from peft_kernels.lora import cpp, cuda, dispatch, flops, reference
 
 
 class Projection(NamedTuple):
@@ -290,6 +290,7 @@ lora_projections_forward = out_variant_op(
     "Tensor?[] seeds, Tensor[] scales, float[] dropout_ps, str? backend, Tensor(a!)[] ys, "
     "Tensor(b!)[] ss) -> ()",
     ("ys", "ss"),
+    flops.of_projections_forward,
 )
 lora_projections_backward = out_variant_op(
     "lora_projections_backward",
@@ -298,4 +299,5 @@ lora_projections_backward = out_variant_op(
     "Tensor?[] seeds, Tensor[] scales, float[] dropout_ps, str? backend, int[] places, "
     "Tensor(a!)[] outputs) -> ()",
     ("outputs",),
+    flops.of_projections_backward,
 )

@@ -16,7 +16,7 @@ from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, prefix_tiles, triton_runtime
 from peft_kernels.core.library import out_variant_op
 from peft_kernels.core.operands import narrow, packed, widen
-from peft_kernels.prefix import check, cpp, cuda, reference, split
+from peft_kernels.prefix import check, cpp, cuda, flops, reference, split
 
 
 class PrefixSpec(NamedTuple):
@@ -311,6 +311,7 @@ prefix_forward = out_variant_op(
     "SymInt? window, float dropout_p, str? backend, Tensor(a!) out, Tensor(b!) lse, "
     "Tensor(c!)? prefix_lse) -> ()",
     ("out", "lse", "prefix_lse"),
+    flops.of_forward,
 )
 prefix_backward = out_variant_op(
     "prefix_backward",
@@ -321,4 +322,5 @@ prefix_backward = out_variant_op(
     "float dropout_p, str? backend, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, "
     "Tensor(d!)? dprefix_key, Tensor(e!)? dprefix_value, Tensor(f!)? dgate) -> ()",
     ("dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dgate"),
+    flops.of_backward,
 )
