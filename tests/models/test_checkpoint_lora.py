@@ -123,6 +123,31 @@ def test_we_load_what_peft_saves(options: dict[str, Any], tmp_path: Path) -> Non
     _assert_same_logits(PeftModel.from_pretrained(llama(), again), theirs)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tied")
+def test_embeddings_that_peft_saves_beside_the_factors_are_taken(
+    targets: list[str], tied: bool, tmp_path: Path
+) -> None:
+    """By itself it saves the head where that is a target; both, if asked for, where none is."""
+    theirs = built(lora_config(target_modules=targets), llama(tie_word_embeddings=tied))
+    head = theirs.get_output_embeddings()
+    with torch.no_grad():
+        getattr(head, "base_layer", head).weight.mul_(3.0)
+        if "lm_head" not in targets:
+            theirs.get_input_embeddings().weight.add_(1.0)
+    theirs.save_pretrained(tmp_path, save_embedding_layers="lm_head" not in targets or "auto")
+    model = llama(tie_word_embeddings=tied)
+    for _ in range(2):  # into plain layers, then into LoRALinear
+        load_adapter(model, tmp_path)
+        _assert_same_logits(model, theirs)
+    narrower = llama(tie_word_embeddings=tied, vocab_size=31)
+    before = {name: t.clone() for name, t in narrower.state_dict().items()}
+    with pytest.raises(ValueError, match=r"misshapen: .*lm_head.*weight"):
+        load_adapter(narrower, tmp_path)
+    assert all(torch.equal(t, before[name]) for name, t in narrower.state_dict().items())
+
+
 def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     """A list of names would reach "block.0" by "0"."""
 

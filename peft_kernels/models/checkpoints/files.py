@@ -62,12 +62,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    allowed: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, which must be those that are expected.
 
     Args:
         path: the file.
         expected: the shape of each tensor, by name.
+        allowed: likewise of those that may be there too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,12 +88,13 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[st
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     problems = [f"missing: {name} {list(expected[name])}" for name in expected.keys() - tensors]
+    shapes = {**(allowed or {}), **expected}
     for name, tensor in tensors.items():
-        if name not in expected:
+        if name not in shapes:
             problems.append(f"surplus: {name} {list(tensor.shape)}")
-        elif tuple(tensor.shape) != tuple(expected[name]):
+        elif tuple(tensor.shape) != tuple(shapes[name]):
             problems.append(
-                f"misshapen: {name} {list(tensor.shape)}, expected {list(expected[name])}"
+                f"misshapen: {name} {list(tensor.shape)}, expected {list(shapes[name])}"
             )
         elif tensor.dtype not in _DTYPES:
             problems.append(f"not floating-point: {name} is {tensor.dtype}")

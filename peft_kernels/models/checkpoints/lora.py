@@ -131,7 +131,9 @@ def load(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[st
             raise ValueError(f"{name!r} has rank {base.r}, the adapter in {folder} {rank}")
         key_a, key_b = _keys(name)
         expected |= {key_a: (rank, base.in_features), key_b: (base.out_features, rank)}
-    tensors = files.read_tensors(folder / files.PEFT_TENSORS, expected)
+    embeddings = _embeddings(model, modules)
+    shapes = {key: tuple(weight.shape) for key, weight in embeddings.items()}
+    tensors = files.read_tensors(folder / files.PEFT_TENSORS, expected, shapes)
 
     new = {modules[name].path: name for name in names if type(modules[name].module) in _LINEAR}
     built = {id(modules[name].module): name for name in new.values()}
@@ -145,12 +147,31 @@ def load(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[st
     for name in names:
         layer: Any = model.get_submodule(modules[name].path)
         _fill(layer, options[name], *(tensors[key] for key in _keys(name)))
+    with torch.no_grad():
+        for key in embeddings.keys() & tensors:
+            embeddings[key].copy_(tensors[key])
     return names
 
 
 def _keys(name: str) -> tuple[str, str]:
     """Return peft's names of a layer's A and B."""
     return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
+def _embeddings(model: nn.Module, modules: Mapping[str, Based]) -> dict[str, Tensor]:
+    """Return the weights of a model's input and output embeddings by the names peft gives them.
+
+    peft saves them beside the factors where one of them is a target, or the vocabulary has grown,
+    and takes them from there.
+    """
+    found: dict[str, Tensor] = {}
+    for of in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, of, lambda: None)()
+        for name, each in modules.items():
+            weight = getattr(each.module, "weight", None)
+            if each.module is module and isinstance(weight, Tensor):
+                found |= {f"{_PREFIX}{name}{at}.weight": weight for at in ("", ".base_layer")}
+    return found
 
 
 def _by_name(model: nn.Module) -> dict[str, Based]:
