@@ -95,6 +95,7 @@ class Stage:
         patience_s: float = 0.0,
         log: Path | None = None,
         program: str = sys.executable,
+        quiet: bool = False,
         **given: str,
     ) -> Finished:
         """Run a program within what is left of the time, and say how it ended.
@@ -106,6 +107,7 @@ class Stage:
             patience_s: this long before the limit it is interrupted.
             log: takes its output instead of the stage's own, for commands side by side.
             program: what is run: this Python.
+            quiet: do not say how it ended.
             given: more of its environment.
         """
         if log is None:
@@ -115,5 +117,6 @@ class Stage:
             [program, *command], log or self.log, limit, environment(self.dry) | given, ROOT,
             patience_s,
         )  # fmt: skip
-        print(f"{what}: {done}" + ("" if log else f", log in {self.log}"), flush=True)
+        if not quiet:
+            print(f"{what}: {done}" + ("" if log else f", log in {self.log}"), flush=True)
         return done

@@ -79,20 +79,23 @@ def _prepare(stage: Stage, items: Sequence[str], folder: Path) -> None:
     started, limit = stage.left(), min(PREPARE_S, stage.left() / 3)
     workers = max(1, min(SIDE_BY_SIDE, len(items), (os.cpu_count() or 1) - 1))
 
-    def prepare(number: int) -> None:
+    def prepare(number: int) -> bool:
         log = folder / f"prepare-{number}.log"
         log.touch()
         seconds = limit - (started - stage.left())
-        if seconds > 0:
-            command = ["-m", "bench.gpu_timing", "--prepare", items[number]]
-            # Of torch.compile too: each would start as many compilers as there are cores.
-            stage.run(
-                f"prepare {items[number]}", command, seconds, log=log,
-                TORCHINDUCTOR_COMPILE_THREADS="1",
-            )  # fmt: skip
+        if seconds <= 0:
+            return False
+        command = ["-m", "bench.gpu_timing", "--prepare", items[number]]
+        # Of torch.compile too: each would start as many compilers as there are cores.
+        done = stage.run(
+            f"prepare {items[number]}", command, seconds, log=log, quiet=True,
+            TORCHINDUCTOR_COMPILE_THREADS="1",
+        )  # fmt: skip
+        return done.status == 0
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(prepare, range(len(items))))
+        ready = sum(pool.map(prepare, range(len(items))))
+    print(f"{stage.name}: {ready} of {len(items)} compiled in {started - stage.left():.0f} s")
     with stage.log.open("ab") as whole:
         for number in range(len(items)):
             whole.write((folder / f"prepare-{number}.log").read_bytes())

@@ -188,7 +188,7 @@ def test_preparing_runs_every_provider_forward_and_backward(
 
 
 def test_a_stage_compiles_side_by_side_before_it_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepares = "if sys.argv[1] == '--prepare': sys.exit(print('compiled', sys.argv[2]))"
     (tmp_path / "timing.py").write_text(f"import sys\n{prepares}\n{DIES}")
@@ -202,6 +202,7 @@ def test_a_stage_compiles_side_by_side_before_it_times(
     log = each.log.read_text()
     assert all(f"compiled {item}\n" in log for item in ("main a", "main c", "main d"))
     assert each.content["done"] == ["main a", "main c", "main d"] and each.content["ok"]
+    assert "lora: 3 of 3 compiled in " in capsys.readouterr().out
 
 
 def test_items_are_every_case_before_any_variant() -> None:
