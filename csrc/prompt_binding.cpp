@@ -9,14 +9,15 @@ namespace py = pybind11;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-void forward(
+bool forward(
     int64_t batch, int64_t tokens, int64_t length, int64_t row_bytes, uintptr_t ids, int64_t id_bytes,
-    uintptr_t weight, int64_t weight_stride, uintptr_t prompt, int64_t prompt_stride,
-    int64_t prompt_sample_stride, uintptr_t mask, int64_t mask_bytes, int64_t one, int64_t significant,
-    uintptr_t labels, int64_t label_bytes, int64_t column, uintptr_t embeddings, uintptr_t mask_out,
-    uintptr_t labels_out, uintptr_t positions, uintptr_t columns) {
+    uintptr_t weight, int64_t weight_stride, int64_t vocabulary, uintptr_t prompt,
+    int64_t prompt_stride, int64_t prompt_sample_stride, bool narrows, uintptr_t mask,
+    int64_t mask_bytes, int64_t one, int64_t significant, uintptr_t labels, int64_t label_bytes,
+    int64_t column, uintptr_t embeddings, uintptr_t mask_out, uintptr_t labels_out,
+    uintptr_t positions, uintptr_t columns) {
   py::gil_scoped_release release;
-  pk::prompt_forward(pk::PromptForward{
+  return pk::prompt_forward(pk::PromptForward{
       .batch = batch,
       .tokens = tokens,
       .length = length,
@@ -24,8 +25,10 @@ void forward(
       .ids = pointer(ids),
       .id_bytes = id_bytes,
       .weight = {pointer(weight), weight_stride},
+      .vocabulary = vocabulary,
       .prompt = {pointer(prompt), prompt_stride},
       .prompt_sample_stride = prompt_sample_stride,
+      .narrows = narrows,
       .mask = pointer(mask),
       .mask_bytes = mask_bytes,
       .one = one,

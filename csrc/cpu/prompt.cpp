@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -94,15 +95,41 @@ void write_row(const PromptForward& call, int64_t row, int64_t start) {
   }
 }
 
-const char* source_of(const PromptForward& call, int64_t row, int64_t column) {
-  const int64_t start = call.columns ? call.columns[row] : call.column;
-  if (column >= start && column < start + call.length)
-    return static_cast<const char*>(call.prompt.data) + row * call.prompt_sample_stride +
-           (column - start) * call.prompt.stride;
-  const int64_t place = row * call.tokens + (column < start ? column : column - call.length);
+template <typename T>
+bool ids_inside(const PromptForward& call) {
+  using Unsigned = std::make_unsigned_t<T>;  // in which what is negative is large
+  const T* ids = static_cast<const T*>(call.ids);
+  Unsigned most = 0;
+  for (int64_t i = 0; i < call.batch * call.tokens; ++i) most = std::max(most, static_cast<Unsigned>(ids[i]));
+  return call.batch * call.tokens == 0 || most < static_cast<uint64_t>(call.vocabulary);
+}
+
+const char* token_row(const PromptForward& call, int64_t place) {
   const int64_t id = call.id_bytes == 8 ? static_cast<const int64_t*>(call.ids)[place]
                                         : static_cast<const int32_t*>(call.ids)[place];
   return static_cast<const char*>(call.weight.data) + id * call.weight.stride;
+}
+
+PK_CLONES void narrow_row(const float* from, bfloat16* to, int64_t width) {
+  for (int64_t d = 0; d < width; ++d) from_float(from[d], to + d);
+}
+
+void write_embedding(const PromptForward& call, int64_t row, int64_t column) {
+  const int64_t start = call.columns ? call.columns[row] : call.column;
+  char* out = static_cast<char*>(call.embeddings) +
+              (row * (call.tokens + call.length) + column) * call.row_bytes;
+  if (column < start || column >= start + call.length) {
+    const int64_t place = row * call.tokens + (column < start ? column : column - call.length);
+    std::memcpy(out, token_row(call, place), call.row_bytes);
+    return;
+  }
+  const char* in = static_cast<const char*>(call.prompt.data) + row * call.prompt_sample_stride +
+                   (column - start) * call.prompt.stride;
+  if (call.narrows)
+    narrow_row(reinterpret_cast<const float*>(in), reinterpret_cast<bfloat16*>(out),
+               call.row_bytes / static_cast<int64_t>(sizeof(bfloat16)));
+  else
+    std::memcpy(out, in, call.row_bytes);
 }
 
 template <typename T>
@@ -209,7 +236,8 @@ void backward_as(const PromptBackward& call) {
 
 }  // namespace
 
-void prompt_forward(const PromptForward& call) {
+bool prompt_forward(const PromptForward& call) {
+  if (!(call.id_bytes == 8 ? ids_inside<int64_t>(call) : ids_inside<int32_t>(call))) return false;
   const int64_t columns = call.tokens + call.length;
   torch::stable::parallel_for(0, call.batch, grain(columns * 8), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -220,10 +248,9 @@ void prompt_forward(const PromptForward& call) {
   });
   torch::stable::parallel_for(
       0, call.batch * columns, grain(call.row_bytes), [&](int64_t begin, int64_t end) {
-        char* out = static_cast<char*>(call.embeddings);
-        for (int64_t i = begin; i < end; ++i)
-          std::memcpy(out + i * call.row_bytes, source_of(call, i / columns, i % columns), call.row_bytes);
+        for (int64_t i = begin; i < end; ++i) write_embedding(call, i / columns, i % columns);
       });
+  return true;
 }
 
 void prompt_backward(const PromptBackward& call) {

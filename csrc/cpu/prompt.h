@@ -13,12 +13,14 @@ struct Rows {
 
 struct PromptForward {
   int64_t batch, tokens, length;  // B, S, P
-  int64_t row_bytes;              // of a row of the table, the prompt and the embeddings
-  const void* ids;                // [B, S], int64 or int32, inside the table
+  int64_t row_bytes;              // of a row of the table and the embeddings
+  const void* ids;                // [B, S], int64 or int32
   int64_t id_bytes;
   Rows weight;                    // [V, D]
+  int64_t vocabulary;             // V
   Rows prompt;                    // [P, D], or [B, P, D] with
   int64_t prompt_sample_stride;   // bytes from one sample's prompt to the next; 0: shared
+  bool narrows;                   // the prompt is float32, the table bfloat16; else they are one type
   const void* mask;               // [B, S], as integers of mask_bytes; read where mask_out is not null
   int64_t mask_bytes;
   int64_t one, significant;       // see peft_kernels/prompt/mask_bits.py
@@ -49,7 +51,8 @@ struct PromptBackward {
   void* d_weight;                 // [V, D], zero where no id points
 };
 
-void prompt_forward(const PromptForward& call);
+// Returns whether every id lies inside the table; if not, nothing was written.
+bool prompt_forward(const PromptForward& call);
 void prompt_backward(const PromptBackward& call);
 
 }  // namespace pk

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_kernels.core import extension
 from peft_kernels.core.operands import pointer
-from peft_kernels.prompt import mask_bits
+from peft_kernels.prompt import mask_bits, token_ids
 
 # As ``pk::Float`` in csrc/cpu/prompt.h numbers them.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -31,21 +31,24 @@ def forward(
     positions: Tensor,
     columns: Tensor | None,
 ) -> None:
-    """Write every output that is not None; see ``reference.forward``."""
-    if prompt.dtype is not weight.dtype:
-        prompt = prompt.to(weight.dtype)
-    size = weight.element_size()
+    """Write every output that is not None; see ``reference.forward``. Raises IndexError."""
+    narrows = prompt.dtype is not weight.dtype
+    if narrows and (prompt.dtype, weight.dtype) != (torch.float32, torch.bfloat16):
+        prompt, narrows = prompt.to(weight.dtype), False
+    size, prompt_size = weight.element_size(), prompt.element_size()
     one, significant = mask_bits.bits(torch.int64 if mask is None else mask.dtype)
-    extension.load().prompt_forward(
+    inside = extension.load().prompt_forward(
         *input_ids.shape, prompt.shape[-2], weight.shape[1] * size,
         input_ids.data_ptr(), input_ids.element_size(), weight.data_ptr(), weight.stride(0) * size,
-        prompt.data_ptr(), prompt.stride(-2) * size,
-        prompt.stride(0) * size if prompt.dim() == 3 else 0,
+        weight.shape[0], prompt.data_ptr(), prompt.stride(-2) * prompt_size,
+        prompt.stride(0) * prompt_size if prompt.dim() == 3 else 0, narrows,
         pointer(mask), 0 if mask is None else mask.element_size(), one, significant,
         pointer(labels), 0 if labels is None else labels.element_size(), column,
         embeddings.data_ptr(), pointer(mask_out), pointer(labels_out), positions.data_ptr(),
         pointer(columns),
     )  # fmt: skip
+    if not inside:
+        token_ids.check(input_ids, weight.shape[0])
 
 
 def backward(

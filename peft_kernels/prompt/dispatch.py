@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.prompt import cpp, cuda, reference
+from peft_kernels.prompt import cpp, cuda, reference, token_ids
 
 
 class PromptSpec(NamedTuple):
@@ -53,21 +53,6 @@ PROMPT_EMBEDDING = backends.Op(
 )
 
 
-def check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Raise IndexError naming the first id outside the vocabulary; CPU tensors only."""
-    if input_ids.numel() == 0:
-        return
-    least, most = torch.aminmax(input_ids)
-    if int(least) >= 0 and int(most) < vocabulary:
-        return
-    row, token = ((input_ids < 0) | (input_ids >= vocabulary)).nonzero()[0].tolist()
-    raise IndexError(
-        f"input_ids must lie in 0..{vocabulary - 1}, the rows of embedding_weight, got "
-        f"{int(input_ids[row, token])} at [{row}, {token}]. Resize the embedding for added tokens; "
-        f"-100 belongs into labels, padding takes the tokenizer's pad id"
-    )
-
-
 def _packed(value: Tensor | None) -> Tensor | None:
     return value if value is None or value.is_contiguous() else value.contiguous()
 
@@ -91,9 +76,9 @@ def run_forward(
     columns: Tensor | None,
 ) -> None:
     """Choose a backend and write every output that is not None; see ``reference.forward``."""
-    if input_ids.device.type == "cpu":
-        check_ids(input_ids, weight.shape[0])
     chosen = backends.select(PROMPT_EMBEDDING, (weight.device, weight.dtype), backend)
+    if input_ids.device.type == "cpu" and chosen.name != "cpp":  # which looks at them itself
+        token_ids.check(input_ids, weight.shape[0])
     if positions.numel() == 0:
         if columns is not None:
             columns.zero_()

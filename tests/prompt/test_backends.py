@@ -116,10 +116,27 @@ def test_a_float32_prompt_is_cast_once_and_gets_a_float32_gradient(
         assert not torch.equal(gradient, gradient.half().float())
 
 
-def test_a_float32_prompt_beside_a_bfloat16_table() -> None:
-    for backend in ("reference", "cpp"):
-        given = problem(5, 9, 4, 40, dtype=torch.bfloat16, prompt_dtype=torch.float32)
-        assert check(given, backend)["prompt"].dtype == torch.float32
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_float32_prompt_beside_a_bfloat16_table(backend: str, per_sample: bool) -> None:
+    given = problem(
+        5, 9, 4, 40, dtype=torch.bfloat16, prompt_dtype=torch.float32, per_sample=per_sample
+    )
+    assert check(given, backend)["prompt"].dtype == torch.float32
+
+
+def test_every_float32_is_narrowed_as_torch_narrows_it() -> None:
+    """Ties, subnormals, the largest, infinities; rows lie apart, as in a wider matrix."""
+    bits = torch.randint(-(2**31), 2**31, (3, 2, 50), dtype=torch.int64).to(torch.int32)
+    bits[0, 0, :4] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 1])
+    wide = bits.view(torch.float32)
+    wide = torch.where(wide.isnan(), torch.inf, wide)
+    prompt, ids = wide[:, :, :37], torch.zeros(3, 4, dtype=torch.int64)
+    table = torch.randn(5, 37, dtype=torch.bfloat16)
+    found = prompt_embedding(ids, table, prompt, backend="cpp").embeddings[:, :2]
+    assert torch.equal(found, prompt.to(torch.bfloat16))
+    nan = torch.full((2, 37), torch.nan)
+    assert prompt_embedding(ids, table, nan, backend="cpp").embeddings[:, :2].isnan().all()
 
 
 @BACKENDS
