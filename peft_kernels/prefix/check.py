@@ -11,6 +11,9 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
 
+# Wider ones hide nothing either, and would not fit 64 bits: a tokenizer's "no limit" is 1e30.
+_WIDEST_WINDOW = 2**62
+
 
 class Options(NamedTuple):
     """What ``check_options`` made of the numbers of a call."""
@@ -97,6 +100,7 @@ def check_options(
                 f"window must be at least 1 (the key at the query's own position), got {window}; "
                 f"None hides no key"
             )
+        window = min(window, _WIDEST_WINDOW)
     probability = checks.check_probability("dropout_p", dropout_p)
     return Options(causal, scale, window, probability)
 

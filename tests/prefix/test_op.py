@@ -91,6 +91,15 @@ def test_bad_input_is_refused_by_name(
         prefix_attention(**_arguments(**change))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_wider_than_64_bits_hides_nothing(causal: bool, backend: str | None) -> None:
+    expected = prefix_attention(**_arguments(causal=causal, backend=backend))
+    for window in (2**63 - 1, 2**63, int(1e30)):
+        found = prefix_attention(**_arguments(causal=causal, window=window, backend=backend))
+        assert torch.equal(found, expected), window
+
+
 def test_explain_checks_as_the_call_does_and_names_the_backend() -> None:
     with pytest.raises(ValueError, match="window must be at least 1"):
         explain(prefix_attention, **_arguments(window=0))
