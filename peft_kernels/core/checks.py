@@ -229,9 +229,11 @@ def compute_dtype(
         if value is None or value.dtype == dtype:
             continue
         if name in exact:
+            other = f"or run under torch.autocast({device_type!r})"
+            if dtype == torch.float64:
+                other = "autocast leaves float64 alone"
             raise TypeError(
-                f"{name} is {value.dtype} and {of} is {dtype}: cast one of them, or run under "
-                f"torch.autocast({device_type!r})"
+                f"{name} is {value.dtype} and {of} is {dtype}: cast one of them, {other}"
             )
         if torch.promote_types(value.dtype, dtype) not in (value.dtype, dtype):
             raise TypeError(

@@ -136,6 +136,8 @@ def test_autocast_leaves_float64_alone() -> None:
     given = problem(4, 6, 8, 2, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused(given, given.inputs(), None).dtype == torch.float64
+        with pytest.raises(TypeError, match="x is torch.float64: cast one of them, autocast leave"):
+            lora_linear(torch.ones(2, 2, dtype=torch.float64), *[torch.ones(2, 2)] * 3)
 
 
 def _saved_bytes(run: Any, known: list[Tensor]) -> int:
