@@ -148,6 +148,19 @@ def test_embeddings_that_peft_saves_beside_the_factors_are_taken(
     assert all(torch.equal(t, before[name]) for name, t in narrower.state_dict().items())
 
 
+def test_a_model_need_not_have_embeddings(tmp_path: Path) -> None:
+    model = llama()
+    names = _lora(model, ["q_proj"])
+    save_adapter(model, tmp_path)
+    other = llama()
+
+    def none() -> nn.Module:
+        raise NotImplementedError
+
+    other.get_input_embeddings = other.get_output_embeddings = none
+    assert load_adapter(other, tmp_path) == names
+
+
 def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     """A list of names would reach "block.0" by "0"."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -166,7 +167,9 @@ def _embeddings(model: nn.Module, modules: Mapping[str, Based]) -> dict[str, Ten
     """
     found: dict[str, Tensor] = {}
     for of in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, of, lambda: None)()
+        module = None
+        with contextlib.suppress(NotImplementedError):  # of a model without words
+            module = getattr(model, of, lambda: None)()
         for name, each in modules.items():
             weight = getattr(each.module, "weight", None)
             if each.module is module and isinstance(weight, Tensor):
