@@ -10,7 +10,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_kernels import LoRALinear, replace
+
 VOCABULARY = 96
+SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -73,3 +76,12 @@ def seeded_logits(model: nn.Module, seed: int) -> Tensor:
     torch.manual_seed(seed)
     with torch.no_grad():
         return model(tokens()).logits
+
+
+def put_lora(model: nn.Module, targets: Any, **options: Any) -> list[str]:
+    """Replace layers of ``model`` by LoRALinear ones that change what it computes."""
+    options = {"r": 4, "lora_alpha": 8} | options
+    names = replace(model, targets, lambda old: LoRALinear.from_linear(old, **options))  # type: ignore[arg-type]
+    for name in names:
+        nn.init.normal_(model.get_submodule(name).get_parameter("lora_B"), std=0.1)
+    return names

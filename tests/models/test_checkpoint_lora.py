@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -10,24 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_kernels import LoRALinear, add_adapters, load_adapter, replace, save_adapter
+from peft_kernels import LoRALinear, add_adapters, load_adapter, save_adapter
 from tests.distributed.launch import ROOT, torchrun
-from tests.models.peft_models import built, llama, lora_config, tokens
-
-SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def _lora(model: nn.Module, targets: Any, **options: Any) -> list[str]:
-    """Replace layers of ``model`` by LoRALinear ones that change what it computes."""
-    options = {"r": 4, "lora_alpha": 8} | options
-    names = replace(model, targets, lambda old: LoRALinear.from_linear(old, **options))  # type: ignore[arg-type]
-    for name in names:
-        nn.init.normal_(model.get_submodule(name).get_parameter("lora_B"), std=0.1)
-    return names
+from tests.models.peft_models import (
+    SETTINGS,
+    TENSORS,
+    built,
+    llama,
+    lora_config,
+    put_lora,
+    tokens,
+)
 
 
 def _logits(model: nn.Module) -> Tensor:
@@ -43,16 +39,16 @@ def _assert_same_logits(model: nn.Module, expected: nn.Module) -> None:
 
 
 def _mixed(model: nn.Module) -> None:
-    _lora(model, ["q_proj"], lora_dropout=0.1)
-    _lora(model, ["layers.0.mlp.up_proj"], r=7, lora_alpha=3, lora_dropout=0.1)
-    _lora(model, ["layers.1.mlp.up_proj"], r=4, use_rslora=True, lora_dropout=0.1)
-    _lora(model, ["lm_head"], r=3, lora_alpha=2.5, lora_dropout=0.1)
+    put_lora(model, ["q_proj"], lora_dropout=0.1)
+    put_lora(model, ["layers.0.mlp.up_proj"], r=7, lora_alpha=3, lora_dropout=0.1)
+    put_lora(model, ["layers.1.mlp.up_proj"], r=4, use_rslora=True, lora_dropout=0.1)
+    put_lora(model, ["lm_head"], r=3, lora_alpha=2.5, lora_dropout=0.1)
 
 
 PLACED = {
-    "one target": lambda model: _lora(model, "q_proj"),
-    "rslora": lambda model: _lora(model, ["q_proj", "down_proj"], use_rslora=True),
-    "one layer": lambda model: _lora(model, "model.layers.1.mlp.gate_proj"),
+    "one target": lambda model: put_lora(model, "q_proj"),
+    "rslora": lambda model: put_lora(model, ["q_proj", "down_proj"], use_rslora=True),
+    "one layer": lambda model: put_lora(model, "model.layers.1.mlp.gate_proj"),
     "layers that differ": _mixed,
 }
 
@@ -150,7 +146,7 @@ def test_embeddings_that_peft_saves_beside_the_factors_are_taken(
 
 def test_a_model_need_not_have_embeddings(tmp_path: Path) -> None:
     model = llama()
-    names = _lora(model, ["q_proj"])
+    names = put_lora(model, ["q_proj"])
     save_adapter(model, tmp_path)
     other = llama()
 
@@ -183,7 +179,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
 
 def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path) -> None:
     model = llama()
-    names = _lora(model, "q_proj")
+    names = put_lora(model, "q_proj")
     model.model.layers[0] = torch.compile(model.model.layers[0])
     assert save_adapter(torch.compile(model), tmp_path) == names
     assert set(load_file(tmp_path / TENSORS)) == {
@@ -198,7 +194,7 @@ def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path) -> None:
 
 def test_dtypes_are_kept_and_widened_to_the_layer(tmp_path: Path) -> None:
     model = llama().bfloat16()
-    _lora(model, "q_proj", dtype=torch.float32)
+    put_lora(model, "q_proj", dtype=torch.float32)
     save_adapter(model, tmp_path)
     for base, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         other = llama().to(base)
@@ -207,129 +203,6 @@ def test_dtypes_are_kept_and_widened_to_the_layer(tmp_path: Path) -> None:
         assert layer.lora_A.dtype == layer.lora_B.dtype == expected
         assert torch.equal(layer.lora_A, model.model.layers[0].self_attn.q_proj.lora_A.to(expected))
         assert layer.lora_A.requires_grad and not layer.weight.requires_grad
-
-
-def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    model = llama()
-    _lora(model, ["q_proj", "v_proj"])
-    save_adapter(model, folder)
-    return json.loads((folder / SETTINGS).read_text()), load_file(folder / TENSORS)
-
-
-def _refused(folder: Path, match: str, model: nn.Module | None = None) -> None:
-    """Check that loading raises with all of ``match`` in the message, and changes nothing."""
-    model = llama() if model is None else model
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises((ValueError, FileNotFoundError), match=match):
-        load_adapter(model, folder)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert all(p.requires_grad for n, p in model.named_parameters() if "self_attn.k_proj" in n)
-
-
-def test_tensors_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
-    _, tensors = _saved(tmp_path)
-    stem = "base_model.model.model.layers.0.self_attn"
-    tensors.pop(f"{stem}.q_proj.lora_B.weight")
-    tensors[f"{stem}.k_proj.lora_A.weight"] = torch.zeros(4, 32)
-    tensors[f"{stem}.v_proj.lora_A.weight"] = torch.zeros(4, 33)
-    tensors[f"{stem}.v_proj.lora_B.weight"] = torch.zeros(16, 4, dtype=torch.int64)
-    save_file(tensors, tmp_path / TENSORS)
-    _refused(
-        tmp_path,
-        r"(?s)misshapen: \S+0.self_attn.v_proj.lora_A.weight \[4, 33\], expected \[4, 32\].*"
-        r"missing: \S+0.self_attn.q_proj.lora_B.weight \[32, 4\].*"
-        r"not floating-point: \S+v_proj.lora_B.weight is torch.int64.*"
-        r"surplus: \S+k_proj.lora_A.weight \[4, 32\]",
-    )
-
-
-def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
-    _saved(tmp_path)
-    (tmp_path / TENSORS).unlink()
-    _refused(tmp_path, "holds no adapter_model.safetensors")
-    torch.save({}, tmp_path / "adapter_model.bin")
-    _refused(tmp_path, r"pickle, adapter_model.bin.*safe_serialization=True")
-
-
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
-    _saved(tmp_path)
-    data = (tmp_path / TENSORS).read_bytes()
-    (tmp_path / TENSORS).write_bytes(data[: len(data) // 2])
-    _refused(tmp_path, "is not a whole safetensors file")
-    (tmp_path / SETTINGS).write_text("{")
-    _refused(tmp_path, "is not JSON")
-    (tmp_path / SETTINGS).write_text("[]")
-    _refused(tmp_path, "must hold a JSON object")
-    (tmp_path / SETTINGS).unlink()
-    _refused(tmp_path, "holds no adapter_config.json")
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"peft_type": "WARP"}, "peft_type='WARP'"),
-    "no method": ({"peft_type": None}, "peft_type=None"),
-    "dora": ({"use_dora": True}, "use_dora=True"),
-    "biases": ({"bias": "lora_only"}, "bias='lora_only'"),
-    "several": ({"lora_bias": True, "modules_to_save": ["x"]}, "lora_bias=True, modules_to_save"),
-    "changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-    "unheard of": ({"use_warp": 3}, "use_warp=3"),
-    "rank of text": ({"r": "4"}, "r must be int, got '4'"),
-    "rank of nothing": ({"r": 0}, "r=0"),
-    "rank of a pattern": ({"rank_pattern": {"q_proj": True}}, "q_proj must be int, got True"),
-    "other rank": ({"r": 5}, "misshapen"),
-    "dropout": ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
-    "no target": ({"target_modules": ["w_proj"]}, "names no module"),
-    "an embedding": ({"target_modules": ["embed_tokens"]}, "a torch.nn.modules.sparse.Embedding"),
-    "more targets": ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "missing.*k_proj"),
-}
-
-
-@pytest.mark.parametrize("changes,match", REFUSED.values(), ids=list(REFUSED))
-def test_settings_that_no_layer_computes_are_refused_by_name(
-    changes: dict[str, Any], match: str, tmp_path: Path
-) -> None:
-    settings, _ = _saved(tmp_path)
-    (tmp_path / SETTINGS).write_text(json.dumps(settings | changes))
-    _refused(tmp_path, f"(?s){match}")
-
-
-def test_dora_of_peft_is_refused(tmp_path: Path) -> None:
-    built(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
-    _refused(tmp_path, "use_dora=True.*accelerate")
-
-
-def test_layers_that_the_model_has_must_be_those_of_the_folder(tmp_path: Path) -> None:
-    _saved(tmp_path)
-    model = llama()
-    _lora(model, ["q_proj", "v_proj", "o_proj"])
-    with pytest.raises(ValueError, match="has not: model.layers.0.self_attn.o_proj, model.layers"):
-        load_adapter(model, tmp_path)
-    model = llama()
-    _lora(model, ["q_proj", "v_proj"], r=2)
-    with pytest.raises(ValueError, match="q_proj' has rank 2, the adapter in .* 4"):
-        load_adapter(model, tmp_path)
-    model = llama()
-    _lora(model, ["q_proj", "v_proj"])
-    model.model.layers[1].self_attn.v_proj.merge()
-    with pytest.raises(ValueError, match="1.self_attn.v_proj' is merged"):
-        load_adapter(model, tmp_path)
-
-
-def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
-    model = llama()
-    _lora(model, "q_proj")
-    model.model.layers[0].self_attn.q_proj.lora_dropout = 0.5
-    with pytest.raises(ValueError, match=r"0\.5 in 'model.layers.0.self_attn.q_proj'"):
-        save_adapter(model, tmp_path)
-    model = llama()
-    _lora(model, "q_proj")
-    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
-    with pytest.raises(ValueError, match="are one LoRALinear"):
-        save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="no layers of peft_kernels"):
-        save_adapter(llama(), tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_shared_layer_is_loaded_under_its_first_name_as_peft_does(tmp_path: Path) -> None:
@@ -345,19 +218,9 @@ def test_a_shared_layer_is_loaded_under_its_first_name_as_peft_does(tmp_path: Pa
     torch.testing.assert_close(_logits(model), _logits(theirs), rtol=2e-5, atol=2e-6)
 
 
-def test_meta_and_no_module(tmp_path: Path) -> None:
-    _saved(tmp_path)
-    with pytest.raises(ValueError, match="meta device"):
-        load_adapter(llama().to("meta"), tmp_path)
-    with pytest.raises(TypeError, match="model must be"):
-        load_adapter("model", tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model must be"):
-        save_adapter(None, tmp_path)  # type: ignore[arg-type]
-
-
 def test_the_base_model_is_named(tmp_path: Path) -> None:
     model = llama()
-    _lora(model, "q_proj")
+    put_lora(model, "q_proj")
     model.config._name_or_path = "someone/model"
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / SETTINGS).read_text())["base_model_name_or_path"] == (

@@ -245,6 +245,11 @@ def dense(
     return out + factor * (dropped(of_prefix, kept_p) @ whole_value[:, :, :prefix]), lse
 
 
+def call_arguments(**changes: Any) -> dict[str, Any]:
+    """Return the arguments of a small call, some of them changed."""
+    return {**problem().tensors, **changes}
+
+
 def eager(given: Problem, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of ``dense`` under the masks of the problem."""
     return dense(given, inputs, visible(given), keep_masks(given))
