@@ -97,16 +97,11 @@ def _measure(
 ) -> list[Row]:
     case, providers = _resolved(item, cases)
     seconds, rounds = (SECONDS_A_CASE, 5) if device.type == "cuda" else (0.1, 2)
+    counted = item.startswith(f"{MAIN} ")
 
     def measure() -> list[Row]:
         return measure_case(
-            case,
-            providers,
-            device,
-            seconds,
-            peaks,
-            counted=item.startswith(MAIN),
-            least_rounds=rounds,
+            case, providers, device, seconds, peaks, counted=counted, least_rounds=rounds
         )
 
     return guarded(measure, case)

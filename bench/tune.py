@@ -38,7 +38,7 @@ LEAST_GAIN = 0.01
 FINALISTS = 3
 AT_ONCE = 3  # entries whose candidates are tried before they are timed
 SPARE_S = 15.0  # kept for the timing of what was tried
-_DEFAULT_TMA_FROM = 1 << 35
+_LEAST_WORK = 1 << 35  # of a shape class that the tables give no tile by TMA
 
 
 @dataclass
@@ -162,7 +162,9 @@ def chosen_entries(target: Target, result: Result, alive: dict[str, Candidate]) 
         before = lora_tiles.tma_from(family, target.name)
         by_tma = best.variant == "ticket_tma"
         if by_tma != (before is not None) and family in lora_tables.TMA:
-            least = _DEFAULT_TMA_FROM if by_tma else None
+            least = None
+            if by_tma:
+                least = lora_tables.TMA_FROM[family][target.name] or _LEAST_WORK
             entries[family, "limits", "tma_from", target.name] = least
     return entries
 

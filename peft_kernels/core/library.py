@@ -53,7 +53,8 @@ def out_variant_op(
     names = [each.name for each in registered._schema.arguments]
 
     def formula(*args: object, out_val: object = None, **named: object) -> int:
-        return flops(dict(zip(names, args, strict=False)) | named) if flops else 0
+        assert flops is not None
+        return flops(dict(zip(names, args, strict=False)) | named)
 
     # Looked up once, not in every call.
     is_compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack

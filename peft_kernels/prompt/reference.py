@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_kernels.prompt import token_ids
+
 CHAIN = 16
 IGNORED_LABEL = -100
 
@@ -56,7 +58,7 @@ def forward(
     """Write every output that is not None.
 
     Args:
-        input_ids: [B, S].
+        input_ids: [B, S]; on CPUs one outside the table raises IndexError.
         weight: the embedding table [V, D].
         prompt: [P, D] or [B, P, D].
         mask: [B, S] or None.
@@ -70,6 +72,8 @@ def forward(
     """
     (batch, tokens), length = input_ids.shape, prompt.shape[-2]
     device = input_ids.device
+    if device.type == "cpu":
+        token_ids.check(input_ids, weight.shape[0])
     if columns is not None and mask is not None:
         columns.copy_(first_kept(mask))
     start = _starts(columns, column, batch, device)

@@ -291,7 +291,8 @@ def test_ending_the_report_ends_its_stages(tmp_path: Path) -> None:
         "from bench.report.stage import Stage\n"
         "signal.signal(signal.SIGTERM, gpu_report._terminated)\n"
         "stage = Stage('s', Path(sys.argv[1]), True, 60, {})\n"
-        "run = lambda n: stage.run(f's {n}', ['-c', 'import time; time.sleep(60)'], 60)\n"
+        "child = 'import sys, time; open(sys.argv[1], \"w\"); time.sleep(60)'\n"
+        "run = lambda n: stage.run(f's {n}', ['-c', child, f'{sys.argv[1]}/{n}'], 60)\n"
         "with ThreadPoolExecutor(2) as pool: list(pool.map(run, range(2)))\n"
     )
     run = subprocess.Popen(
@@ -300,6 +301,9 @@ def test_ending_the_report_ends_its_stages(tmp_path: Path) -> None:
     assert run.stdout is not None
     lines = [run.stdout.readline() for _ in range(2)]
     assert lines == ["s 0 ...\n", "s 1 ...\n"]
+    ends = time.monotonic() + 60
+    while not all((tmp_path / str(n)).exists() for n in range(2)) and time.monotonic() < ends:
+        time.sleep(0.1)
     time.sleep(0.3)
     run.terminate()
     ended, _ = run.communicate(timeout=10)
