@@ -298,9 +298,6 @@ def test_ending_the_report_ends_its_stages(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert run.stdout is not None
-    lines = [run.stdout.readline() for _ in range(2)]
-    assert lines == ["s 0 ...\n", "s 1 ...\n"]
     ends = time.monotonic() + 60
     while not all((tmp_path / str(n)).exists() for n in range(2)) and time.monotonic() < ends:
         time.sleep(0.1)
