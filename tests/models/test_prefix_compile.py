@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_kernels import attach_prefixes
-from tests.models.test_transformers import batch, llama4, make
+from tests.models.prefixed_models import batch, llama4, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
