@@ -13,7 +13,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-
 from peft_kernels.models.attention.bridge import (  # noqa: E402
     IMPLEMENTATION,
     attach_prefixes,

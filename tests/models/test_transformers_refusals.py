@@ -10,18 +10,8 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-
-from peft_kernels.models.attention.bridge import (  # noqa: E402
-    IMPLEMENTATION,
-    attach_prefixes,
-)
-from tests.models.prefixed_models import (  # noqa: E402
-    ROTARY,
-    batch,
-    llama,
-    llama4,
-    make,
-)
+from peft_kernels.models.attention.bridge import IMPLEMENTATION, attach_prefixes  # noqa: E402
+from tests.models.prefixed_models import ROTARY, batch, llama, llama4, make  # noqa: E402
 
 
 def test_another_attention_afterwards_raises() -> None:
