@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.method import DIRECTIONS, MIB, OURS, Method
+from bench.method import DIRECTIONS, GPU, MIB, OURS, Method
 from bench.methods import METHODS
+from bench.rows import row_of
+from bench.targets import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -152,9 +155,9 @@ def _saved(method: Method, case: dict[str, Any], saved: int) -> str:
     return f"{text}, with x {1 + saved / x:.2f} of x"
 
 
-def _missed(figures: list[dict[str, Any]]) -> str:
+def _missed(asked: list[dict[str, Any]]) -> str:
     lines = []
-    for each in figures:
+    for each in asked:
         if each["reached"] is False and each["value"] is not None:
             op = each.get("op", "lora")
             lines.append(
@@ -184,7 +187,9 @@ def on_gpu(folder: Path) -> str:
         f"[All baselines and what else ran there](bench/results/{folder.name}/README.md)."
     )
     header = ["case", *DIRECTIONS, "commit"]
-    return f"{said}\n\n{table(header, 3, body)}"
+    rows = [row_of(each) for each in content["rows"]]
+    asked = [asdict(each) for each in figures(rows, suites=[GPU])]
+    return "\n\n".join(filter(None, [said, table(header, 3, body), _missed(asked)]))
 
 
 def source_of(text: str) -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from bench import readme
+from bench.method import GPU
+from bench.rows import row_of
+from bench.targets import figures
 from tests.examples_in_text import blocks, printed
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -33,3 +37,12 @@ def test_every_file_it_links_exists() -> None:
 
 def test_its_figures_are_those_of_the_result_file_it_names() -> None:
     assert readme.fill(README, readme.source_of(README)) == README
+
+
+def test_what_the_gpu_did_not_reach_is_named() -> None:
+    content = json.loads((readme.ON_GPU / "rows.json").read_text(encoding="utf-8"))
+    asked = figures([row_of(each) for each in content["rows"]], suites=[GPU])
+    missed = [each for each in asked if each.reached is False]
+    assert missed and len(missed) < len(asked)
+    for each in missed:
+        assert f"{each.target} at {'least' if each.at_least else 'most'} {each.limit:g}" in README
