@@ -20,9 +20,9 @@ from bench.prefix import PrefixCase
 from bench.prefix import make_problem as prefix_problem
 from peft_kernels.adapter import reference as adapter_reference
 from peft_kernels.core import adapter_tiles, rng, tiles
+from peft_kernels.core.operands import wide_dtype
 from peft_kernels.lora import reference as lora_reference
 from peft_kernels.prefix import reference as prefix_reference
-from peft_kernels.prefix.dispatch import lse_dtype
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def prefix(
         from peft_kernels.prefix import launch as launches
 
         forward, backward = launches.prefix_forward, launches.prefix_backward
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(dtype))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide_dtype(dtype))
     tensors = (q, k, v, prefix_k[None], prefix_v[None])
     options = (True, case.head_size**-0.5, None, float(dropout or 0))
     given = (*tensors, None, None, None, seed, *options, out, lse, None)
@@ -86,7 +86,7 @@ def prefix(
         return Launch(lambda: forward(*given), (out, lse))
     forward(*given)
     # A prefix's gradient may be wider than what is computed in.
-    wide = lse_dtype(dtype)
+    wide = wide_dtype(dtype)
     asked = {
         "query": (torch.empty_like(q), None, None, None, None),
         "key": (None, torch.empty_like(k), torch.empty_like(v), None, None),

@@ -16,7 +16,7 @@ from peft_kernels.adapter import check, cpp, cuda, flops, reference, reference_g
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import as_rows, narrow, packed, rows, widen
+from peft_kernels.core.operands import as_rows, narrow, packed, rows, wide_dtype, widen
 
 
 class AdapterSpec(NamedTuple):
@@ -91,16 +91,11 @@ def _optional(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else packed(value, dtype)
 
 
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a scale and its gradient travel for a dtype computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Return the scale as launchers take it: a number, or 1 or D elements, contiguous."""
     if not isinstance(scale, Tensor):
         return scale
-    return packed(scale, scale_dtype(dtype)).reshape(-1)
+    return packed(scale, wide_dtype(dtype)).reshape(-1)
 
 
 def _op(index: Tensor | None) -> backends.Op:

@@ -16,17 +16,11 @@ from torch import Tensor
 
 from peft_kernels.adapter import check
 from peft_kernels.adapter.activations import check_activation
-from peft_kernels.adapter.dispatch import (
-    ADAPTER,
-    AdapterSpec,
-    adapter_backward,
-    adapter_forward,
-    scale_dtype,
-)
+from peft_kernels.adapter.dispatch import ADAPTER, AdapterSpec, adapter_backward, adapter_forward
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
-from peft_kernels.core.operands import arrived, gradient_of
+from peft_kernels.core.operands import arrived, gradient_of, wide_dtype
 
 
 class AdapterFunction(torch.autograd.Function):
@@ -90,7 +84,7 @@ class AdapterFunction(torch.autograd.Function):
         d_up_bias = gradient_of(up_bias) if need_b2 else None
         d_scale = None
         if need_scale:
-            d_scale = scale.new_empty(scale.numel(), dtype=scale_dtype(pre.dtype))
+            d_scale = scale.new_empty(scale.numel(), dtype=wide_dtype(pre.dtype))
         # Only the residual, a tensor of its own, may be what is trained below.
         if need_x or need_down or need_up or need_b1 or need_b2 or need_scale:
             adapter_backward(
@@ -220,7 +214,7 @@ def call(
     if torch.compiler.is_compiling():
         apply = _traced_apply
         if not isinstance(factor, Tensor):
-            factor = torch.full((), factor, dtype=scale_dtype(dtype), device=device)
+            factor = torch.full((), factor, dtype=wide_dtype(dtype), device=device)
     arguments = (
         *others, factor, input_residual, activation, seed, dropout_p, backend, index, dtype,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.adapter.activations import activate, derivative
+from peft_kernels.core.operands import wide_dtype
 from peft_kernels.core.rng import dropout_mask
 
 
@@ -31,12 +32,8 @@ def _keep(like: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
     return dropout_mask(seed, like.shape[0], like.shape[1], dropout_p)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _hidden(activation: str, pre: Tensor) -> Tensor:
-    return activate(activation, pre.to(_wide(pre.dtype))).to(pre.dtype)
+    return activate(activation, pre.to(wide_dtype(pre.dtype))).to(pre.dtype)
 
 
 def forward(
@@ -160,10 +157,10 @@ def backward_masked(
     if d_up is None and d_up_bias is None and d_scale is None:
         return
     # The gradient of the scale adds products of gᵀ h: those are not rounded before.
-    wide = g.dtype if d_scale is None else _wide(g.dtype)
+    wide = g.dtype if d_scale is None else wide_dtype(g.dtype)
     channel = factor.reshape(-1) if isinstance(factor, Tensor) else factor
     product = torch.mm(g.t().to(wide), _hidden(activation, pre).to(wide))
-    colsum = g.sum(0, dtype=_wide(g.dtype))
+    colsum = g.sum(0, dtype=wide_dtype(g.dtype))
     if d_up is not None:
         d_up.copy_(product * (channel[:, None] if isinstance(channel, Tensor) else channel))
     if d_up_bias is not None:
@@ -184,4 +181,4 @@ def _bottleneck_gradient(
         dh = (g * factor).to(g.dtype) @ up
     else:
         dh = (g @ up) * factor
-    return (derivative(activation, pre.to(_wide(pre.dtype))) * dh).to(pre.dtype)
+    return (derivative(activation, pre.to(wide_dtype(pre.dtype))) * dh).to(pre.dtype)

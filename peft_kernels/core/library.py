@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch
 
+from peft_kernels.core.operands import wide_dtype
+
 # Classes of tensors that a launcher can always take.
 _WITH_DATA = {torch.Tensor, torch.nn.Parameter}
 
@@ -116,8 +118,7 @@ def _with_tensors(args: tuple[object, ...], kinds: list[str]) -> list[object]:
             return [made(each, kind) for each in value]
         if "Tensor" not in kind or not isinstance(value, (int, float)):
             return value
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        return first.new_full((), value, dtype=dtype)
+        return first.new_full((), value, dtype=wide_dtype(first.dtype))
 
     return [made(value, kind) for value, kind in zip(args, kinds, strict=True)]
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and scales for a dtype computed in: float32, or float64's own."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x as [M, K] in ``dtype`` with unit inner stride: a view wherever that is possible."""
     if x.dtype is not dtype:

@@ -23,17 +23,13 @@ from torch.nn import functional as F
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import once_differentiable, out_variant_op
+from peft_kernels.core.operands import wide_dtype
 from peft_kernels.lora import op
 from peft_kernels.lora.dispatch import LoRASpec
 from peft_kernels.lora.dropout import drop
 
 # Elements of a 16-bit tensor that are widened at a time, 16 MiB of float32.
 _CHUNK = 1 << 22
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of norms and sums."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _rows_at_a_time(value: Tensor) -> int:
@@ -76,7 +72,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
     call: peft merges through ``weight.data``, FSDP gathers in place, and neither leaves a trace by
     which a stored norm of W could be told from one of another weight.
     """
-    norm = weight.new_empty(weight.shape[0], dtype=_wide(weight.dtype))
+    norm = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
     run_scale: float | Tensor = scale
     if torch.compiler.is_compiling():
         run_scale = torch.full((), scale, dtype=norm.dtype, device=weight.device)
@@ -155,7 +151,7 @@ class ScaledFunction(torch.autograd.Function):
         dadded = dy
         if need_added and ctx.added[0] == 1:
             tokens = tuple(range(dy.dim() - 1))
-            dadded = dy.sum(tokens, dtype=_wide(dy.dtype)) if tokens else dy
+            dadded = dy.sum(tokens, dtype=wide_dtype(dy.dtype)) if tokens else dy
         return dvalues, dfactor, dadded.to(ctx.added[1]) if need_added else None
 
 
@@ -226,7 +222,7 @@ def dora_linear(
     probability = 0.0
     if training and dropout_p != 0.0:
         probability = checks.check_probability("dropout_p", dropout_p)
-    g = magnitude.to(_wide(dtype)) / dora_norm(weight, lora_a, lora_b, factor)
+    g = magnitude.to(wide_dtype(dtype)) / dora_norm(weight, lora_a, lora_b, factor)
     if probability == 0.0:
         z = op.lora_linear(x, weight, lora_a, lora_b, scale=factor, backend=backend)
         return ScaledFunction.apply(z, g, bias)

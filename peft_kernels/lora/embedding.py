@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core import checks
-from peft_kernels.core.library import eager_apply, once_differentiable
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
+from peft_kernels.core.operands import wide_dtype
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -68,15 +69,11 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         # Autocast may be on where backward is called, whatever it was in forward.
         with torch.autocast(dy.device.type, enabled=False):
             if need_a:
-                dlow = (dy @ lora_b.to(dy.dtype)).to(_wide(a_dtype)) * factor  # [M, r]
+                dlow = (dy @ lora_b.to(dy.dtype)).to(wide_dtype(a_dtype)) * factor  # [M, r]
                 da = _scattered(dlow, ids, rows, padding_idx).t().to(a_dtype)
             if need_b:
-                db = (dy.t() @ low).to(_wide(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
+                db = (dy.t() @ low).to(wide_dtype(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
         return None, dweight, da, db, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _scattered(values: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
@@ -85,6 +82,7 @@ def _scattered(values: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tens
 
 
 _apply = eager_apply(LoRAEmbeddingFunction)
+_traced_apply = traced_apply(LoRAEmbeddingFunction)
 
 
 def lora_embedding(
@@ -138,9 +136,9 @@ def lora_embedding(
     apply: Callable[..., Tensor] = _apply
     run_scale = factor
     if torch.compiler.is_compiling():
-        apply = LoRAEmbeddingFunction.apply
+        apply = _traced_apply
         if not isinstance(factor, Tensor):
-            run_scale = torch.full((), factor, dtype=_wide(weight.dtype), device=weight.device)
+            run_scale = torch.full((), factor, dtype=wide_dtype(weight.dtype), device=weight.device)
     arguments = (input_ids, weight, lora_a, lora_b, run_scale, padding)
     if not checks.autocast_enabled(weight.device):
         return apply(*arguments)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply, once_differentiable
-from peft_kernels.core.operands import arrived, gradient_of
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
+from peft_kernels.core.operands import arrived, gradient_of, wide_dtype
 from peft_kernels.lora.dispatch import LORA_LINEAR, LoRASpec, lora_backward, lora_forward
 
 
@@ -84,6 +84,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 _apply = eager_apply(LoRALinearFunction)
+_traced_apply = traced_apply(LoRALinearFunction)
 
 
 def lora_linear(
@@ -165,9 +166,9 @@ def lora_linear(
     apply: Callable[..., Tensor] = _apply
     run_scale = factor
     if torch.compiler.is_compiling():
-        apply = LoRALinearFunction.apply
+        apply = _traced_apply
         if not isinstance(factor, Tensor):
-            run_scale = torch.full((), factor, dtype=torch.float32, device=x.device)
+            run_scale = torch.full((), factor, dtype=wide_dtype(dtype), device=x.device)
     arguments = (x, weight, lora_a, lora_b, bias, seed, run_scale, probability, backend, dtype)
     if not autocast:
         return apply(*arguments)

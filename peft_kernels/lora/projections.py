@@ -16,8 +16,8 @@ from torch import Tensor
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
-from peft_kernels.core.library import eager_apply, once_differentiable
-from peft_kernels.core.operands import gradient_of
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
+from peft_kernels.core.operands import gradient_of, wide_dtype
 from peft_kernels.lora import op
 from peft_kernels.lora.projections_dispatch import (
     LORA_PROJECTIONS,
@@ -124,6 +124,7 @@ def _by_kind(values: Sequence[Any], count: int) -> list[list[Any]]:
 
 
 _apply = eager_apply(LoRAProjectionsFunction)
+_traced_apply = traced_apply(LoRAProjectionsFunction)
 
 
 def lora_projections(
@@ -204,9 +205,9 @@ def lora_projections(
     apply: Callable[..., tuple[Tensor, ...]] = _apply
     # Tensors while tracing: a float would compile one graph per value.
     if torch.compiler.is_compiling():
-        apply = LoRAProjectionsFunction.apply
+        apply = _traced_apply
         factors = [
-            torch.full((), factor, dtype=torch.float32, device=x.device) for factor in factors
+            torch.full((), factor, dtype=wide_dtype(dtype), device=x.device) for factor in factors
         ]
     fixed = (x, count, tuple(probabilities), backend, dtype)
     arguments = (*fixed, *weights, *lora_as, *lora_bs, *biases, *run_seeds, *factors)

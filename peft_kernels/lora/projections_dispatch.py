@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, extension, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, widen
+from peft_kernels.core.operands import as_rows, factors, narrow, packed, rows, wide_dtype, widen
 from peft_kernels.lora import cpp, cuda, dispatch, flops, reference
 
 
@@ -83,7 +83,7 @@ def backward_each(
         zip(dys, ss, projections, gradients, strict=True)
     ):
         if index == 1 and dx is not None:
-            total = dx.to(torch.promote_types(dx.dtype, torch.float32))
+            total = dx.to(wide_dtype(dx.dtype))
             part = torch.empty_like(dx)
         weight, lora_a, lora_b, _, seed, scale, dropout_p = each
         backward(dy, x, s, weight, lora_a, lora_b, seed, scale, dropout_p, part, *wanted)

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import cuda_library, prefix_tiles, triton_runtime
 from peft_kernels.core.library import out_variant_op
-from peft_kernels.core.operands import narrow, packed, widen
+from peft_kernels.core.operands import narrow, packed, wide_dtype, widen
 from peft_kernels.prefix import check, cpp, cuda, flops, reference, split
 
 
@@ -124,11 +124,6 @@ def make_spec(
     )  # fmt: skip
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of lse, of the gate and of sums for a dtype computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _unit_inner(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype is not dtype:
         x = x.to(dtype)
@@ -172,7 +167,7 @@ def _options(
     return (
         _optional(key_mask, torch.bool),
         _optional(cu_seqlens, torch.int32),
-        _optional(gate, lse_dtype(dtype)),
+        _optional(gate, wide_dtype(dtype)),
     )
 
 
@@ -257,7 +252,7 @@ def run_backward(
                 gradient.zero_()
         return
     dtype = out.dtype
-    wide = lse_dtype(dtype)
+    wide = wide_dtype(dtype)
     spec = make_spec(
         query, key, prefix_key, key_mask, cu_seqlens, gate, causal, window, seed is not None, dtype
     )

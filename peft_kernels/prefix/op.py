@@ -16,12 +16,11 @@ from torch import Tensor
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks, rng
 from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
-from peft_kernels.core.operands import arrived, gradient_of
+from peft_kernels.core.operands import arrived, gradient_of, wide_dtype
 from peft_kernels.prefix import check
 from peft_kernels.prefix.dispatch import (
     PREFIX_ATTENTION,
     PrefixSpec,
-    lse_dtype,
     make_spec,
     prefix_backward,
     prefix_forward,
@@ -56,7 +55,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return out [B, Hq, S, d] in ``dtype``, the one that is computed in, and lse."""
         out = query.new_empty(query.shape, dtype=dtype)
-        lse = query.new_empty(query.shape[:3], dtype=lse_dtype(dtype))
+        lse = query.new_empty(query.shape[:3], dtype=wide_dtype(dtype))
         prefix_lse = None if gate is None else torch.empty_like(lse)
         prefix_forward(
             query, key, value, prefix_key, prefix_value, key_mask, cu_seqlens, gate, seed, scale,

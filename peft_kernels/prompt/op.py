@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
-from peft_kernels.core.library import eager_apply, once_differentiable
+from peft_kernels.core.library import eager_apply, once_differentiable, traced_apply
 from peft_kernels.core.operands import arrived
 from peft_kernels.prompt.dispatch import (
     PROMPT_EMBEDDING,
@@ -102,6 +102,7 @@ class PromptEmbeddingFunction(torch.autograd.Function):
 
 
 _apply = eager_apply(PromptEmbeddingFunction)
+_traced_apply = traced_apply(PromptEmbeddingFunction)
 
 
 def prompt_embedding(
@@ -175,7 +176,7 @@ def prompt_embedding(
     column, scan = _column(position, input_ids.shape[1], attention_mask)
     row = _padding_row(padding_idx, embedding_weight.shape[0])
     backends.check_backend_name(backend)
-    apply = PromptEmbeddingFunction.apply if torch.compiler.is_compiling() else _apply
+    apply = _traced_apply if torch.compiler.is_compiling() else _apply
     embeddings, mask, new_labels, positions = apply(
         prompt, embedding_weight, input_ids, attention_mask, labels, column, scan, row, backend
     )

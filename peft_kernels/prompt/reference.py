@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_kernels.core.operands import wide_dtype
 from peft_kernels.prompt import token_ids
 
 CHAIN = 16
@@ -179,5 +180,4 @@ def _table_gradient(
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros(shape, dtype=dtype, device=like.device)
+    return torch.zeros(shape, dtype=wide_dtype(like.dtype), device=like.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from peft_kernels import LoRALinear, lora_linear
+from peft_kernels import LoRALinear, lora_embedding, lora_linear, lora_projections
 from tests.lora.problems import fused, problem, results
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,6 +47,43 @@ def test_fullgraph_under_autocast_with_float32_adapters() -> None:
     inputs = given.inputs()
     found = results(run(*inputs), inputs, given.dy)
     assert found["y"].dtype == torch.bfloat16 and found["da"].dtype == torch.float32
+
+
+IDS = torch.tensor([[0, 5, 5]])
+REPEATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "linear": lambda square, seed: lora_linear(square, square, square, square),
+    "embedding": lambda square, seed: lora_embedding(IDS, square.detach(), square, square),
+    "projections": lambda square, seed: torch.stack(
+        lora_projections(
+            square, [square] * 2, [square] * 2, [square] * 2, dropout_p=0.3, seeds=[seed, seed]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_tensor_in_two_places_compiles(name: str) -> None:
+    square = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    seed = torch.tensor([5])
+    found = []
+    for call in (
+        torch.compile(REPEATED[name], fullgraph=True, backend="aot_eager"),
+        REPEATED[name],
+    ):
+        y = call(square, seed)
+        found.append((y, *torch.autograd.grad(y.square().sum(), square)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_scale_beside_float64_keeps_its_digits_while_traced() -> None:
+    square = torch.randn(8, 8, dtype=torch.float64)
+    for call in (
+        lambda: lora_linear(square, square, square, square, scale=0.3),
+        lambda: lora_projections(square, [square], [square], [square], scales=0.3)[0],
+    ):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(), call(), rtol=1e-12, atol=1e-12)
 
 
 def test_no_recompilation_from_the_third_distinct_scale_on() -> None:

@@ -38,6 +38,21 @@ def test_fullgraph_gives_what_eager_gives(compiler: str, position: str | int, ex
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_ids_that_are_labels_or_mask_too_compile() -> None:
+    """As a causal language model is trained: its labels are its ids."""
+    ids, table = torch.randint(1, 20, (4, 6)), torch.randn(20, 8)
+    leaf = torch.randn(3, 8, requires_grad=True)
+
+    def call(ids: torch.Tensor, prompt: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return prompt_embedding(ids, table, prompt, attention_mask=ids, labels=ids)
+
+    found = []
+    for each in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        out = each(ids, leaf)
+        found.append([*out, *torch.autograd.grad(out[0].square().sum(), leaf)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_no_recompilation_over_batches_and_columns() -> None:
     layer = PromptEmbedding(torch.nn.Embedding(20, 8), num_virtual_tokens=3)
     counter = CompileCounter()
