@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,12 +20,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from peft_kernels import attach_prefixes, load_adapter, save_adapter
 from tests.distributed.models import (
     METHODS,
     assert_same_losses,
     batches,
+    common_folder,
+    llama,
     logits,
     lora,
+    saves_and_loads_adapters,
     train,
     train_apart,
     trained,
@@ -70,6 +75,24 @@ def fsdp_loads_what_one_process_trained() -> None:
     state = one.state_dict() if dist.get_rank() == 0 else {}
     set_model_state_dict(model, state, options=BROADCAST)
     torch.testing.assert_close(logits(model), logits(one), rtol=0, atol=1e-5)
+
+
+def shifted_prefixes() -> nn.Module:
+    """Return the Llama with prefixes as peft has them."""
+    model = llama()
+    attach_prefixes(model, num_virtual_tokens=3, shift_positions=True)
+    return model
+
+
+FILED = {"lora": lora, "prefixes": shifted_prefixes, "prompt": METHODS["prompt"]}
+
+
+def layers_that_are_sharded_already_get_no_lora() -> None:
+    with common_folder() as folder:
+        save_adapter(lora(), folder)
+        dist.barrier()
+        with pytest.raises(ValueError, match="q_proj' is sharded already: load the adapter, or"):
+            load_adapter(shard(llama()), folder)
 
 
 def fsdp_with_whole_adapters() -> None:
@@ -139,6 +162,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"ddp_{method}": functools.partial(ddp, method) for method in METHODS},
     **{f"fsdp_{method}": functools.partial(fsdp, method) for method in METHODS},
     "fsdp_loads_what_one_process_trained": fsdp_loads_what_one_process_trained,
+    **{
+        f"fsdp_saves_and_loads_{name}": functools.partial(saves_and_loads_adapters, make, shard)
+        for name, make in FILED.items()
+    },
+    "layers_that_are_sharded_already_get_no_lora": layers_that_are_sharded_already_get_no_lora,
     "fsdp_with_whole_adapters": fsdp_with_whole_adapters,
     "fsdp_in_mixed_precision": fsdp_in_mixed_precision,
     "fsdp_with_checkpointing_and_dropout": fsdp_with_checkpointing_and_dropout,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_kernels import LoRALinear, PromptEmbedding, add_adapters, attach_prefixes, replace
+from peft_kernels import (
+    LoRALinear,
+    PromptEmbedding,
+    add_adapters,
+    attach_prefixes,
+    load_adapter,
+    replace,
+    save_adapter,
+)
 
 VOCABULARY, BATCH, LENGTH, STEPS = 48, 4, 10, 4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -138,3 +152,33 @@ def assert_same_losses(losses: list[float], expected: list[float]) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def common_folder() -> Iterator[Path]:
+    """Give all ranks one folder, until each is done with it."""
+    names: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    folder = Path(str(names[0]))
+    yield folder
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def saves_and_loads_adapters(
+    make: Callable[[], nn.Module], distribute: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Shards are saved as one adapter, which whole models load and sharded ones."""
+    model = distribute(make())
+    for parameter in trained(model).values():
+        with torch.no_grad():
+            parameter.add_(0.5)
+    expected = logits(model)
+    with common_folder() as folder:
+        save_adapter(model, folder, task_type="CAUSAL_LM")
+        dist.barrier()  # the first process writes
+        for other in (make(), distribute(make())):
+            assert (logits(other) - expected).abs().max() > 1e-3
+            load_adapter(other, folder)
+            torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-5)

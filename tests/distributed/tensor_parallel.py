@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 
 import torch
@@ -17,7 +15,16 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from peft_kernels import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.distributed.data_parallel import BROADCAST, FULL, shard
-from tests.distributed.models import assert_same_losses, logits, lora, train, trained, whole
+from tests.distributed.models import (
+    assert_same_losses,
+    common_folder,
+    logits,
+    lora,
+    saves_and_loads_adapters,
+    train,
+    trained,
+    whole,
+)
 
 PLAN = {
     "model.layers.*.self_attn.[qkv]_proj": LoRAColwiseParallel,
@@ -30,6 +37,11 @@ PLAN = {
 
 def mesh() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def two_dimensions() -> DeviceMesh:
+    shape = (dist.get_world_size() // 2, 2)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
 
 
 def tensor_parallel(model: nn.Module, over: DeviceMesh | None = None) -> nn.Module:
@@ -54,10 +66,23 @@ def losses_with_checkpointing() -> None:
 def losses_beside_fsdp() -> None:
     """Two dimensions: the ranks of a row share the layers, the rows share the batch."""
     expected = train(lora())
-    both = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    both = two_dimensions()
     model = shard(tensor_parallel(lora(), both["tp"]), mesh=both["dp"])
     part, parts = both.get_local_rank("dp"), both["dp"].size()
     assert_same_losses(train(model, part=part, parts=parts), expected)
+
+
+def adapter_files() -> None:
+    saves_and_loads_adapters(lora, tensor_parallel)
+
+
+def adapter_files_beside_fsdp() -> None:
+    saves_and_loads_adapters(lora, _in_two_dimensions)
+
+
+def _in_two_dimensions(model: nn.Module) -> nn.Module:
+    both = two_dimensions()
+    return shard(tensor_parallel(model, both["tp"]), mesh=both["dp"])
 
 
 def checkpoints_of_one_process() -> None:
@@ -81,18 +106,14 @@ def checkpoints_between_engines() -> None:
     """``torch.distributed.checkpoint``: written by tensor-parallel ranks, read under FSDP2."""
     model = tensor_parallel(lora())
     train(model)
-    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(path)
-    dcp.save(get_model_state_dict(model), checkpoint_id=path[0])
     other = shard(lora())
     assert (logits(other) - logits(model)).abs().max() > 1e-3
-    state = get_model_state_dict(other)
-    dcp.load(state, checkpoint_id=path[0])
+    with common_folder() as folder:
+        dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+        state = get_model_state_dict(other)
+        dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(other, state)
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-5)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(path[0])
 
 
 CHECKS: dict[str, Callable[[], None]] = {
@@ -101,6 +122,8 @@ CHECKS: dict[str, Callable[[], None]] = {
         losses,
         losses_with_checkpointing,
         losses_beside_fsdp,
+        adapter_files,
+        adapter_files_beside_fsdp,
         checkpoints_of_one_process,
         checkpoints_between_engines,
     )

@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import PhiConfig, PhiForCausalLM
 
 from peft_kernels import LoRALinear, add_adapters, load_adapter, save_adapter
 from tests.distributed.launch import ROOT, torchrun
@@ -137,11 +139,58 @@ def test_embeddings_that_peft_saves_beside_the_factors_are_taken(
     for _ in range(2):  # into plain layers, then into LoRALinear
         load_adapter(model, tmp_path)
         _assert_same_logits(model, theirs)
+    again = tmp_path / "again"  # what came with the adapter goes with it
+    save_adapter(model, again)
+    assert load_file(again / TENSORS).keys() == load_file(tmp_path / TENSORS).keys()
+    _assert_same_logits(PeftModel.from_pretrained(llama(tie_word_embeddings=tied), again), theirs)
     narrower = llama(tie_word_embeddings=tied, vocab_size=31)
     before = {name: t.clone() for name, t in narrower.state_dict().items()}
     with pytest.raises(ValueError, match=r"misshapen: .*lm_head.*weight"):
         load_adapter(narrower, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in narrower.state_dict().items())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_the_bias_of_a_head_comes_along(targets: list[str], tmp_path: Path) -> None:
+    def phi() -> PhiForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        return PhiForCausalLM(PhiConfig(vocab_size=96, num_attention_heads=4, **sizes))
+
+    theirs = built(lora_config(target_modules=targets), phi())
+    head = theirs.get_output_embeddings()
+    nn.init.normal_(getattr(head, "base_layer", head).bias)
+    theirs.save_pretrained(tmp_path, save_embedding_layers="lm_head" not in targets or "auto")
+    model = phi()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(_logits(model), _logits(theirs), rtol=2e-5, atol=2e-6)
+    save_adapter(model, tmp_path / "again")
+    loaded = PeftModel.from_pretrained(phi(), tmp_path / "again")
+    torch.testing.assert_close(_logits(loaded), _logits(theirs), rtol=2e-5, atol=2e-6)
+
+
+WRAPPERS = {"compiled": torch.compile, "checkpointed": checkpoint_wrapper}
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=list(WRAPPERS))
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_in_a_wrapper_takes_its_weight(
+    wrap: Any, targets: list[str], tmp_path: Path
+) -> None:
+    theirs = built(lora_config(target_modules=targets))
+    with torch.no_grad():
+        head = theirs.get_output_embeddings()
+        getattr(head, "base_layer", head).weight.mul_(3.0)
+    theirs.save_pretrained(tmp_path, save_embedding_layers="lm_head" not in targets or "auto")
+    model = llama()
+    model.lm_head = wrap(model.lm_head)
+    load_adapter(model, tmp_path)
+    plain = llama()
+    load_adapter(plain, tmp_path)
+    _assert_same_logits(plain, theirs)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
 
 
 def test_a_model_need_not_have_embeddings(tmp_path: Path) -> None:

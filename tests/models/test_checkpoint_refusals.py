@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_kernels import load_adapter, save_adapter
-from tests.models.peft_models import SETTINGS, TENSORS, built, llama, put_lora
+from tests.models.peft_models import (
+    SETTINGS,
+    TENSORS,
+    VOCABULARY,
+    built,
+    llama,
+    lora_config,
+    put_lora,
+)
 
 
 def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,6 +113,37 @@ def test_settings_that_no_layer_computes_are_refused_by_name(
 def test_dora_of_peft_is_refused(tmp_path: Path) -> None:
     built(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
     _refused(tmp_path, "use_dora=True.*accelerate")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_that_cannot_hold_what_the_adapter_brings_is_refused(tmp_path: Path) -> None:
+    built(lora_config(target_modules=["q_proj"])).save_pretrained(
+        tmp_path, save_embedding_layers=True
+    )
+    for head, match in (
+        (torch.zeros(VOCABULARY, 32, device="meta"), "lm_head.weight is on the meta device"),
+        (torch.zeros(VOCABULARY, 32, dtype=torch.int8), "lm_head.weight, which is torch.int8"),
+    ):
+        model = llama()
+        model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=match):
+            load_adapter(model, tmp_path)
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(t.is_meta or torch.equal(t, after[name]) for name, t in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_merged_head_that_came_with_the_adapter_is_not_saved(tmp_path: Path) -> None:
+    built(lora_config(target_modules=["lm_head"])).save_pretrained(tmp_path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    model.lm_head.merge()
+    with pytest.raises(ValueError, match="'lm_head' is merged.*unmerge it before saving"):
+        save_adapter(model, tmp_path / "again")
+    model.lm_head.unmerge()
+    assert save_adapter(model, tmp_path / "again") == ["lm_head"]
 
 
 def test_layers_that_the_model_has_must_be_those_of_the_folder(tmp_path: Path) -> None:

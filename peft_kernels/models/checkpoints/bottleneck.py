@@ -194,9 +194,8 @@ def _fill(
         if not isinstance(targets[key].module, AdaptedModule):
             kinds = [tensors[prefix(k)].dtype for k in own[key]] + [layer.down_weight.dtype]
             layer.to(max(kinds, key=lambda kind: torch.finfo(kind).bits))
-        with torch.no_grad():
-            for k, parameter in _tensors(key, name, layer):
-                parameter.copy_(tensors[prefix(k)])
+        for k, parameter in _tensors(key, name, layer):
+            files.fill(parameter, tensors[prefix(k)])
     new = {k: each for k, each in targets.items() if not isinstance(each.module, AdaptedModule)}
     keys = {id(each.module): key for key, each in new.items()}
     paths = [each.path for each in new.values()]

@@ -45,8 +45,9 @@ def save_adapter(
       with ``shift_positions=True`` and without gates, become peft's PROMPT_TUNING and
       PREFIX_TUNING, MLPs folded into what they give.
 
-    Nothing of the base model is written. A kill at any moment leaves the old adapter in ``folder``
-    whole, or the new one; other files in it stay.
+    Nothing of the base model is written, but embeddings that ``load_adapter`` took from an adapter
+    (below). A kill at any moment leaves the old adapter in ``folder`` whole, or the new one; other
+    files in it stay.
 
     Where torch.distributed runs, call it in every process: shards are gathered, and the first
     process writes.
@@ -111,6 +112,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     that the model has, or is.
     Options that are numbers (scaling, dropout) come from the folder. Everything is checked before
     anything is changed. New parameters have the wider of the file's dtype and the layer's.
+
+    Where peft saved the model's embeddings or its head beside the factors, since one of them is a
+    target or the vocabulary has grown, their weights and biases replace those of the model, as peft
+    replaces them; ``save_adapter`` writes them again.
+
+    Where torch.distributed runs, call it in every process, each with the folder at hand: of sharded
+    parameters each takes its part. Layers are placed before ``fully_shard`` or
+    ``parallelize_module``, not by loading into shards.
 
     Args:
         model: the model that the adapter was trained on, plain or with such layers.

@@ -130,6 +130,25 @@ def _check_there(path: Path) -> None:
     raise FileNotFoundError(f"{path.parent} holds no {path.name}")
 
 
+def sharded(value: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, which each process holds a part of."""
+    return hasattr(value, "device_mesh")
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy values of the file into a parameter; of a sharded one each process takes its part."""
+    if sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        to: Any = parameter
+        # Nobody sends anything: every process has read the file.
+        values = distribute_tensor(
+            values.to(to.device), to.device_mesh, to.placements, src_data_rank=None
+        )
+    parameter.copy_(values)
+
+
 def option(settings: Mapping[str, Any], name: str, kinds: tuple[type, ...], default: Any) -> Any:
     """Return an entry of the settings, checked for its type; the default where it is null.
 

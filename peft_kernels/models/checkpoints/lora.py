@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections import Counter
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.lora.layer import LoRALinear
-from peft_kernels.models.checkpoints import files
+from peft_kernels.models.checkpoints import embeddings, files
 from peft_kernels.models.checkpoints.base_names import Based, based_modules, unwrapped
+from peft_kernels.models.checkpoints.embeddings import PREFIX
 from peft_kernels.models.replace import replace_named
 
-_PREFIX = "base_model.model."
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 # Entries of peft's settings that are used, or say nothing of what the loaded layers compute.
@@ -61,6 +60,7 @@ def save(
     for name, layer in found.items():
         key_a, key_b = _keys(name)
         tensors |= {key_a: layer.lora_A, key_b: layer.lora_B}
+    tensors |= embeddings.saved_with(_by_name(model))
     files.write(folder, files.PEFT_TENSORS, settings | _options(found), tensors)
     return list(found)
 
@@ -132,9 +132,10 @@ def load(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[st
             raise ValueError(f"{name!r} has rank {base.r}, the adapter in {folder} {rank}")
         key_a, key_b = _keys(name)
         expected |= {key_a: (rank, base.in_features), key_b: (base.out_features, rank)}
-    embeddings = _embeddings(model, modules)
-    shapes = {key: tuple(weight.shape) for key, weight in embeddings.items()}
+    words = embeddings.loadable(model, modules)
+    shapes = {key: tuple(value.shape) for key, value in words.items()}
     tensors = files.read_tensors(folder / files.PEFT_TENSORS, expected, shapes)
+    embeddings.check(words, tensors)
 
     new = {modules[name].path: name for name in names if type(modules[name].module) in _LINEAR}
     built = {id(modules[name].module): name for name in new.values()}
@@ -148,33 +149,13 @@ def load(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[st
     for name in names:
         layer: Any = model.get_submodule(modules[name].path)
         _fill(layer, options[name], *(tensors[key] for key in _keys(name)))
-    with torch.no_grad():
-        for key in embeddings.keys() & tensors:
-            embeddings[key].copy_(tensors[key])
+    embeddings.fill(_by_name(model), words, tensors)
     return names
 
 
 def _keys(name: str) -> tuple[str, str]:
     """Return peft's names of a layer's A and B."""
-    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
-
-
-def _embeddings(model: nn.Module, modules: Mapping[str, Based]) -> dict[str, Tensor]:
-    """Return the weights of a model's input and output embeddings by the names peft gives them.
-
-    peft saves them beside the factors where one of them is a target, or the vocabulary has grown,
-    and takes them from there.
-    """
-    found: dict[str, Tensor] = {}
-    for of in ("get_input_embeddings", "get_output_embeddings"):
-        module = None
-        with contextlib.suppress(NotImplementedError):  # of a model without words
-            module = getattr(model, of, lambda: None)()
-        for name, each in modules.items():
-            weight = getattr(each.module, "weight", None)
-            if each.module is module and isinstance(weight, Tensor):
-                found |= {f"{_PREFIX}{name}{at}.weight": weight for at in ("", ".base_layer")}
-    return found
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
 def _by_name(model: nn.Module) -> dict[str, Based]:
@@ -188,10 +169,9 @@ def _by_name(model: nn.Module) -> dict[str, Based]:
     return modules
 
 
-@torch.no_grad()
 def _fill(layer: LoRALinear, options: Mapping[str, Any], a: Tensor, b: Tensor) -> None:
-    layer.lora_A.copy_(a)
-    layer.lora_B.copy_(b)
+    files.fill(layer.lora_A, a)
+    files.fill(layer.lora_B, b)
     layer.lora_alpha, layer.use_rslora = options["lora_alpha"], options["use_rslora"]
     layer.lora_dropout = options["lora_dropout"]
     layer.scaling = layer.lora_alpha / (math.sqrt(layer.r) if layer.use_rslora else layer.r)
@@ -304,6 +284,11 @@ def _check_modules(names: list[str], modules: Mapping[str, Based]) -> None:
             )
         if module.weight.is_meta:
             raise ValueError(f"{name!r} is on the meta device: load or initialise the model first")
+        if not isinstance(module, LoRALinear) and files.sharded(module.weight):
+            raise ValueError(
+                f"{name!r} is sharded already: load the adapter, or place LoRALinear layers, "
+                f"before fully_shard or parallelize_module"
+            )
         if isinstance(module, LoRALinear) and module.merged:
             raise ValueError(f"{name!r} is merged: unmerge it before it gets other factors")
     others = [

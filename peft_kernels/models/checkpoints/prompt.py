@@ -55,8 +55,7 @@ def load_prompt(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> 
         raise ValueError(f"{name!r} has an MLP, the file its result: fold the layer first")
     _check_submodules(settings)
     tensors = files.read_tensors(folder / files.PEFT_TENSORS, {_KEY: tuple(layer.prompt.shape)})
-    with torch.no_grad():
-        layer.prompt.copy_(tensors[_KEY])
+    files.fill(layer.prompt, tensors[_KEY])
     layer.position = "start"
     return [name]
 
@@ -123,14 +122,13 @@ def load_prefixes(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -
     return list(attached)
 
 
-@torch.no_grad()
 def _fill(tokens: list[VirtualTokens], values: Tensor) -> None:
     parts = values.split([2 * each.num_kv_heads * each.head_dim for each in tokens], dim=1)
     for each, part in zip(tokens, parts, strict=True):
         assert each.prefix_key is not None and each.prefix_value is not None
         key, value = part.unflatten(1, (2, each.num_kv_heads, each.head_dim)).permute(1, 2, 0, 3)
-        each.prefix_key.copy_(key)
-        each.prefix_value.copy_(value)
+        files.fill(each.prefix_key, key)
+        files.fill(each.prefix_value, value)
 
 
 def _check_attached(model: nn.Module, names: list[str], tokens: list[VirtualTokens]) -> None:
