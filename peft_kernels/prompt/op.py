@@ -151,7 +151,8 @@ def prompt_embedding(
         ValueError: shapes that disagree, devices that differ, a position outside 0..S, an unknown
             backend.
         IndexError: an id outside the table, on CPU. On a GPU looking would stop the host: nothing
-            outside the table is read there, and the id's row of embeddings is NaN.
+            outside the table is read there, and the id's row of embeddings is NaN; so it is in
+            Triton's interpreter.
         BackendUnavailable: a demanded backend cannot serve this call, with every reason.
 
     Source: Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, EMNLP 2021.
