@@ -80,8 +80,9 @@ PK_INLINE void backward_chunks(const BackwardPlan<K>& plan, Tickets& tickets) {
         activate_rows<T>(
             c, rows,
             [&](int64_t m, int64_t j, int64_t count, const Activated& act) PK_INLINE_LAMBDA {
-              for (int64_t i = 0; i < count; ++i)
-                h[K::at(m, j + i, ranks)] = K::from(rounded<T>(act.value[i]));
+              Work values[kLanes];
+              K::store_rounded(values, act.value);
+              for (int64_t i = 0; i < count; ++i) h[K::at(m, j + i, ranks)] = values[i];
             });
 
       for (int64_t n = 0; n < features; n += kDepth) {
@@ -100,11 +101,11 @@ PK_INLINE void backward_chunks(const BackwardPlan<K>& plan, Tickets& tickets) {
       if (!need_ds) continue;
       activate_rows<T>(
           c, rows, [&](int64_t m, int64_t j, int64_t count, const Activated& act) PK_INLINE_LAMBDA {
-            const vf slope = act.derivative * (load(&sum[m * ranks + j]) * plan.factor);
+            Work values[kLanes];
+            K::store_rounded(values, act.derivative * (load(&sum[m * ranks + j]) * plan.factor));
             for (int64_t i = 0; i < count; ++i) {
-              const float value = rounded<T>(slope[i]);
-              ds[K::at(m, j + i, ranks)] = ds_left[m * ranks + j + i] = K::from(value);
-              bias_sum[j + i] += value;
+              ds[K::at(m, j + i, ranks)] = ds_left[m * ranks + j + i] = values[i];
+              bias_sum[j + i] += to_float(values[i]);
             }
           });
 
@@ -116,7 +117,7 @@ PK_INLINE void backward_chunks(const BackwardPlan<K>& plan, Tickets& tickets) {
         }
         if (c.dx)
           K::expand(
-              ds_left.data(), ranks, q + K::at(0, k, q_stride), q_stride,
+              ds_left.data(), ranks, q + tile_at(k, c.rank),
               {.before = c.input_residual ? dy + k : nullptr, .before_stride = c.dy.stride}, rows,
               c.rank, depth, dx + k, features);
       }
@@ -191,13 +192,13 @@ void finish(
 template <typename K>
 auto packed_up(const AdapterBackward& c, int64_t ranks, const std::vector<int64_t>& numbers) {
   using T = typename K::Element;
-  if (!c.channels) return packed<K>(c.up, c.rank, 1, c.features, c.rank, ranks, numbers);
+  if (!c.channels) return packed_p<K>(c.up, c.rank, 1, c.features, c.rank, ranks, numbers);
   const auto scaled = uninitialized<T>(c.features * c.rank);
   const T* up = static_cast<const T*>(c.up);
   for (int64_t n = 0; n < c.features; ++n)
     for (int64_t j = 0; j < c.rank; ++j)
       from_float(to_float(up[n * c.rank + j]) * c.channels[n], &scaled[n * c.rank + j]);
-  return packed<K>(scaled.get(), c.rank, 1, c.features, c.rank, ranks);
+  return packed_p<K>(scaled.get(), c.rank, 1, c.features, c.rank, ranks);
 }
 
 template <typename K>
@@ -208,7 +209,7 @@ void backward_as(const AdapterBackward& c, void (*chunks)(const BackwardPlan<K>&
   const int64_t groups = grouping.count();
   const auto p = packed_up<K>(c, ranks, grouping.numbers);
   Buffer<typename K::Work> q;
-  if (c.dx) q = packed<K>(c.down, c.features, 1, c.rank, c.features, q_stride, grouping.numbers);
+  if (c.dx) q = packed_q<K>(c.down, c.features, 1, c.rank, c.features, q_stride, grouping.numbers);
   Sums sums{};
   sums.down_size = c.d_down.data ? size : 0;
   sums.up_size = c.d_up.data || c.d_scale ? size : 0;

@@ -50,18 +50,19 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, Tickets& tickets) {
       K::project(v.data(), p + K::at(k, 0, ranks), rows.count, depth, ranks, sum.data());
     }
     for (int64_t m = 0; m < rows.count; ++m)
-      for (int64_t j = 0; j < c.rank; ++j)
-        from_float(sum[m * ranks + j] + down_bias[j], pre + rows[m] * c.rank + j);
+      for (int64_t j = 0; j < c.rank; j += kLanes)
+        store_some(
+            pre + rows[m] * c.rank + j, load(&sum[m * ranks + j]) + load(down_bias + j),
+            std::min(kLanes, c.rank - j));
     activate_rows<T>(
         c, rows, [&](int64_t m, int64_t j, int64_t count, const Activated& act) PK_INLINE_LAMBDA {
-          for (int64_t i = 0; i < count; ++i)
-            h[m * ranks + j + i] = K::from(rounded<T>(act.value[i]));
+          K::store_rounded(&h[m * ranks + j], act.value);
         });
     const int64_t step = c.dropout ? kDepth : features;  // the mask lies in pieces
     for (int64_t n = 0; n < features; n += step) {
       if (c.dropout) draw_keep(dropout, rows, features, n, keep.data());
       K::expand(
-          h.data(), ranks, q + K::at(0, n, q_stride), q_stride,
+          h.data(), ranks, q + tile_at(n, c.rank),
           {.bias = up_bias + n,
            .keep = c.dropout ? keep.data() : nullptr,
            .keep_stride = kDepth,
@@ -91,8 +92,8 @@ void forward_as(const AdapterForward& c, void (*blocks)(const ForwardPlan<K>&, T
   const int64_t ranks = round_up(c.rank, kLanes), q_stride = round_up(c.features, kDepth);
   const Grouping grouping(c);
   const auto& numbers = grouping.numbers;
-  const auto p = packed<K>(c.down, 1, c.features, c.features, c.rank, ranks, numbers);
-  const auto q = packed<K>(c.up, 1, c.rank, c.rank, c.features, q_stride, numbers);
+  const auto p = packed_p<K>(c.down, 1, c.features, c.features, c.rank, ranks, numbers);
+  const auto q = packed_q<K>(c.up, 1, c.rank, c.rank, c.features, q_stride, numbers);
   const auto down_bias = vectors_of<T>(c.down_bias, c.rank, ranks, numbers);
   const auto up_bias = vectors_of<T>(c.up_bias, c.features, q_stride, numbers);
   Buffer<float> factor;

@@ -74,7 +74,7 @@ void copy_rows(const Rows& rows, const Matrix& from, int64_t columns, void* to) 
 template <typename T>
 Buffer<float> vectors_of(
     const void* from, int64_t columns, int64_t stride, const std::vector<int64_t>& numbers) {
-  return packed<Portable<T>>(from, 0, 1, 1, from ? columns : 0, stride, numbers);
+  return packed_p<Portable<T>>(from, 0, 1, 1, from ? columns : 0, stride, numbers);
 }
 
 // use(m, j, count, activated) for up to kLanes elements from column j on of every row of pre.
@@ -85,9 +85,7 @@ PK_INLINE void activate_rows(const AdapterCall& call, const Rows& rows, const Us
       const T* pre = static_cast<const T*>(call.pre) + rows[m] * call.rank;
       for (int64_t j = 0; j < call.rank; j += kLanes) {
         const int64_t count = std::min(kLanes, call.rank - j);
-        float lanes[kLanes] = {};
-        for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(pre[j + i]);
-        use(m, j, count, activate(activation, load(lanes)));
+        use(m, j, count, activate(activation, load_some(pre + j, count)));
       }
     }
   });

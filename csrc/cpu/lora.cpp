@@ -57,13 +57,13 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
     }
     T* out = static_cast<T*>(c.s) + rows.first * c.rank;
     for (int64_t m = 0; m < rows.count; ++m)
-      for (int64_t j = 0; j < c.rank; ++j) {
-        T& value = out[m * c.rank + j];
-        from_float(s[m * ranks + j] * c.factor, &value);
-        left[m * ranks + j] = K::work(value);
+      for (int64_t j = 0; j < c.rank; j += kLanes) {
+        const vf values = load(&s[m * ranks + j]) * c.factor;
+        store_some(out + m * c.rank + j, values, std::min(kLanes, c.rank - j));
+        K::store_rounded(&left[m * ranks + j], values);
       }
     K::expand(
-        left.data(), ranks, plan.q, plan.q_stride,
+        left.data(), ranks, plan.q,
         {.bias = plan.bias, .before = y, .before_stride = c.out_features}, rows, c.rank,
         c.out_features, y, c.out_features);
   }
@@ -116,10 +116,10 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
     }
     if (!need_ds) continue;
     for (int64_t m = 0; m < rows.count; ++m)
-      for (int64_t j = 0; j < c.rank; ++j) {
-        T value;
-        from_float(sum[m * ranks + j] * c.factor, &value);
-        ds[K::at(m, j, ranks)] = ds_left[m * ranks + j] = K::work(value);
+      for (int64_t j = 0; j < ranks; j += kLanes) {
+        Work* values = &ds_left[m * ranks + j];
+        K::store_rounded(values, load(&sum[m * ranks + j]) * c.factor);
+        for (int64_t i = 0; i < kLanes; ++i) ds[K::at(m, j + i, ranks)] = values[i];
       }
 
     for (int64_t k = 0; k < c.in_features; k += kDepth) {
@@ -133,7 +133,7 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
       if (!c.dx) continue;
       T* dx = static_cast<T*>(c.dx) + k;
       K::expand(
-          ds_left.data(), ranks, plan.q + K::at(0, k, plan.q_stride), plan.q_stride,
+          ds_left.data(), ranks, plan.q + tile_at(k, c.rank),
           {.keep = c.dropout ? keep.data() : nullptr,
            .keep_stride = kDepth,
            .before = dx,
@@ -162,11 +162,11 @@ template <typename K>
 void forward_as(const LoRAForward& call, void (*blocks)(const ForwardPlan<K>&, int64_t, int64_t)) {
   const int64_t ranks = round_up(call.rank, kLanes);
   const int64_t q_stride = round_up(call.out_features, kColumns);
-  const auto p = packed<K>(call.lora_a, 1, call.in_features, call.in_features, call.rank, ranks);
-  const auto q = packed<K>(call.lora_b, 1, call.rank, call.rank, call.out_features, q_stride);
+  const auto p = packed_p<K>(call.lora_a, 1, call.in_features, call.in_features, call.rank, ranks);
+  const auto q = packed_q<K>(call.lora_b, 1, call.rank, call.rank, call.out_features, q_stride);
   Buffer<float> bias;
   if (call.bias)
-    bias = packed<Portable<typename K::Element>>(call.bias, 0, 1, 1, call.out_features, q_stride);
+    bias = packed_p<Portable<typename K::Element>>(call.bias, 0, 1, 1, call.out_features, q_stride);
   const ForwardPlan<K> plan{&call, ranks, q_stride, p.get(), q.get(), bias.get()};
   const int64_t count = blocks_of(call.tokens, K::kForwardRows);
   if (count == 1) {
@@ -181,9 +181,9 @@ template <typename K>
 void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&, int64_t, int64_t)) {
   const int64_t ranks = round_up(call.rank, kLanes);
   const int64_t q_stride = round_up(call.in_features, kDepth);
-  const auto p = packed<K>(call.lora_b, call.rank, 1, call.out_features, call.rank, ranks);
+  const auto p = packed_p<K>(call.lora_b, call.rank, 1, call.out_features, call.rank, ranks);
   Buffer<typename K::Work> q;
-  if (call.dx) q = packed<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
+  if (call.dx) q = packed_q<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
 
   BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};
   plan.da_rows = call.da.data ? round_up(call.in_features, kGradientRows) : 0;

@@ -23,7 +23,10 @@ namespace pk {
 constexpr int64_t kStrip = 8;
 constexpr int64_t kGradientRows = 2 * kStrip;  // G is padded to a multiple
 constexpr int64_t kChain = 32;            // additions in a row
-constexpr int64_t kColumns = 4 * kLanes;  // Q is padded to a multiple
+constexpr int64_t kColumns = 4 * kLanes;  // of a tile of Q
+
+// Where the tile of Q whose first column is `column` begins.
+PK_INLINE int64_t tile_at(int64_t column, int64_t ranks) { return column * round_up(ranks, 2); }
 
 PK_INLINE void add_to(float* p, vf v) { store(p, load(p) + v); }
 
@@ -72,7 +75,7 @@ struct Portable {
   // Where element (i, j) of P, Q or L lies, i being the index of the reduction.
   static PK_INLINE int64_t at(int64_t i, int64_t j, int64_t stride) { return i * stride + j; }
   static PK_INLINE float work(T value) { return to_float(value); }
-  static PK_INLINE float from(float value) { return value; }  // of a value that T can hold
+  static PK_INLINE void store_rounded(float* to, vf v) { store(to, rounded<T>(v)); }  // to T
 
   // V[rows.count, kDepth] = rows of x, zero beyond `depth` and in the rows of the last strip.
   static PK_INLINE void stage(
@@ -138,13 +141,15 @@ struct Portable {
     }
   }
 
-  // Rows of Y, `columns` wide, = S Q and the epilogue. Q is [ranks, q_stride], q_stride a multiple of kColumns,
-  // zero beyond `columns`, as are the epilogue's vectors; S has row stride s_stride.
+  // Rows of Y, `columns` wide, = S Q and the epilogue. Q is tiles of kColumns columns, each [ranks
+  // rounded up to 2, kColumns], zero beyond `columns`, as are the epilogue's vectors; S has row
+  // stride s_stride.
   static PK_INLINE void expand(
-      const float* s, int64_t s_stride, const float* q, int64_t q_stride, const Epilogue<T>& after,
-      const Rows& rows, int64_t ranks, int64_t columns, T* y, int64_t y_stride) {
+      const float* s, int64_t s_stride, const float* q, const Epilogue<T>& after, const Rows& rows,
+      int64_t ranks, int64_t columns, T* y, int64_t y_stride) {
     constexpr int64_t kWide = 2 * kLanes;
     for (int64_t n = 0; n < columns; n += kWide) {
+      const float* factors = q + tile_at(n / kColumns * kColumns, ranks) + n % kColumns;
       const int64_t count = std::min(kWide, columns - n);
       for (int64_t m = 0; m < rows.count; m += kStrip) {
         float tile[kStrip * kWide];
@@ -152,7 +157,8 @@ struct Portable {
           vf low[kStrip] = {}, high[kStrip] = {};
           const int64_t j1 = std::min(ranks, j0 + kChain);
           for (int64_t j = j0; j < j1; ++j) {
-            const vf first = load(q + j * q_stride + n), second = load(q + j * q_stride + n + kLanes);
+            const vf first = load(factors + j * kColumns);
+            const vf second = load(factors + j * kColumns + kLanes);
             PK_UNROLL for (int64_t i = 0; i < kStrip; ++i) {
               const float factor = s[(m + i) * s_stride + j];
               low[i] += factor * first;

@@ -11,7 +11,6 @@ namespace pk {
 namespace {
 
 constexpr int64_t kPiece = 32;   // columns interleaved at a time
-constexpr int64_t kCopied = 64;  // pairs of rows of Q that are copied
 
 PK_NATIVE_INLINE __m512bh pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
@@ -179,20 +178,12 @@ PK_NATIVE void NativeBFloat16::gradient(
 }
 
 PK_NATIVE void NativeBFloat16::expand(
-    const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
-    const Epilogue<bfloat16>& after, const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y,
-    int64_t y_stride) {
+    const bfloat16* s, int64_t s_stride, const bfloat16* q, const Epilogue<bfloat16>& after,
+    const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y, int64_t y_stride) {
   constexpr int R = 4, C = 4;
-  alignas(64) bfloat16 copy[kCopied * kColumns * 2];
   const int64_t count = (ranks + 1) / 2;
-  const bool copied = count <= kCopied && rows.count > R;
   for (int64_t n = 0; n < columns; n += kColumns) {
-    const bfloat16* tile = q + 2 * n;
-    // Rows of Q lie a power of two apart as a rule: they would evict each other for every strip.
-    for (int64_t j = 0; copied && j < count; ++j)
-      std::memcpy(copy + j * kColumns * 2, tile + j * q_stride * 2, kColumns * 2 * sizeof(bfloat16));
-    if (copied) tile = copy;
-    const int64_t stride = copied ? kColumns : q_stride;
+    const bfloat16* tile = q + tile_at(n, ranks);
     for (int64_t m = 0; m < rows.count; m += R) {
       int64_t row[R];
       PK_UNROLL for (int i = 0; i < R; ++i) row[i] = rows[std::min(m + i, rows.count - 1)];
@@ -209,7 +200,7 @@ PK_NATIVE void NativeBFloat16::expand(
       for (int64_t j = 0; j < count; ++j) {
         __m512bh weights[C];
         PK_UNROLL for (int c = 0; c < C; ++c)
-          weights[c] = pairs(tile + 2 * (j * stride + c * kLanes));
+          weights[c] = pairs(tile + 2 * (j * kColumns + c * kLanes));
         PK_UNROLL for (int i = 0; i < R; ++i) {
           const __m512bh value = one_pair(s + (m + i) * s_stride + 2 * j);
           PK_UNROLL for (int c = 0; c < C; ++c)

@@ -2,7 +2,8 @@
 //
 // One instruction multiplies pairs along the reduction and adds both to a float32 lane: twice the
 // rate of float32, without widening. The factors are therefore packed in pairs of the reduction
-// index, P and Q as [reduction / 2][columns][2]; V and S are rows, whose pairs lie side by side.
+// index, P and the tiles of Q as [reduction / 2][columns][2]; V and S are rows, whose pairs lie side
+// by side.
 #pragma once
 
 #include "lowrank.h"
@@ -21,11 +22,7 @@ struct NativeBFloat16 {
     return (i / 2 * stride + j) * 2 + i % 2;
   }
   static PK_INLINE bfloat16 work(bfloat16 value) { return value; }
-  static PK_INLINE bfloat16 from(float value) {
-    bfloat16 out;
-    from_float(value, &out);
-    return out;
-  }
+  static PK_INLINE void store_rounded(bfloat16* to, vf v) { store(to, v); }
 
   PK_NATIVE static void stage(
       const bfloat16* x, int64_t stride, const Rows& rows, int64_t depth, bfloat16* v);
@@ -36,9 +33,8 @@ struct NativeBFloat16 {
       const bfloat16* v, const bfloat16* l, int64_t rows, int64_t depth, int64_t ranks, bool fresh,
       float* g);
   PK_NATIVE static void expand(
-      const bfloat16* s, int64_t s_stride, const bfloat16* q, int64_t q_stride,
-      const Epilogue<bfloat16>& after, const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y,
-      int64_t y_stride);
+      const bfloat16* s, int64_t s_stride, const bfloat16* q, const Epilogue<bfloat16>& after,
+      const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y, int64_t y_stride);
 };
 #endif
 

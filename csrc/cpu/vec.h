@@ -25,6 +25,8 @@ namespace pk {
 
 constexpr int64_t kLanes = 16;
 typedef float vf __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct bfloat16 {
   uint16_t bits;
@@ -67,6 +69,44 @@ PK_INLINE float rounded(float value) {
   T out;
   from_float(value, &out);
   return to_float(out);
+}
+
+PK_INLINE vf load(const bfloat16* p) {
+  vh bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return (vf)(__builtin_convertvector(bits, vu) << 16);
+}
+
+// As from_float rounds.
+PK_INLINE void store(bfloat16* p, vf v) {
+  const vu bits = (vu)v, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const vu out = (bits & 0x7FFFFFFFu) > 0x7F800000u ? vu{} + 0x7FC0u : rounded;
+  const vh halves = __builtin_convertvector(out, vh);
+  std::memcpy(p, &halves, sizeof(halves));
+}
+
+// The first `count` of kLanes elements, and zeros.
+template <typename T>
+PK_INLINE vf load_some(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+template <typename T>
+PK_INLINE void store_some(T* p, vf v, int64_t count) {
+  if (count == kLanes) return store(p, v);
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) from_float(lanes[i], p + i);
+}
+
+template <typename T>
+PK_INLINE vf rounded(vf v) {
+  T lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
 }
 
 }  // namespace pk

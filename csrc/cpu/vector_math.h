@@ -9,8 +9,6 @@
 
 namespace pk {
 
-typedef uint32_t vu __attribute__((vector_size(64), aligned(4), may_alias));
-
 PK_INLINE vf lanes(float value) { return value - vf{}; }
 PK_INLINE vf at_most(vf x, float bound) { return x > bound ? lanes(bound) : x; }
 PK_INLINE vf at_least(vf x, float bound) { return x < bound ? lanes(bound) : x; }
