@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,19 +38,39 @@ def runtimes() -> list[str]:
 
 
 def build() -> subprocess.CompletedProcess[str]:
-    """Compile what has changed of the sanitized `_C`; one process at a time."""
+    """Compile what has changed of the sanitized `_C`; one process at a time.
+
+    Where nothing has, the library is left alone: setuptools would write it anew, and another
+    process may be loading it.
+    """
     command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")]
     FOLDER.mkdir(parents=True, exist_ok=True)
+    built_of = FOLDER / "sources"
     with (FOLDER / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return subprocess.run(
-            [*command, "--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")],
+        sources = _sources()
+        if built_of.exists() and built_of.read_text() == sources:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        built_of.unlink(missing_ok=True)
+        done = subprocess.run(
+            command,
             cwd=ROOT,
             env=os.environ | {"PEFT_KERNELS_BUILD": "cpu", "PEFT_KERNELS_SANITIZE": "1"},
             capture_output=True,
             text=True,
             check=False,
         )
+        if done.returncode == 0:
+            built_of.write_text(sources)
+        return done
+
+
+def _sources() -> str:
+    """Return what a build depends on: Python, torch, the compiler, the files and their times."""
+    files = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]
+    lines = [f"{each.relative_to(ROOT)} {each.stat().st_mtime_ns}" for each in sorted(files)]
+    return "\n".join([sys.executable, version("torch"), os.environ.get("CXX", ""), *lines])
 
 
 def environment() -> dict[str, str]:
