@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "adapter_groups.h"
+#include "adapter_small.h"
 #include "lowrank.h"
 #include "lowrank_bf16.h"
 
@@ -114,6 +115,7 @@ void forward_as(const AdapterForward& c, void (*blocks)(const ForwardPlan<K>&, T
 }  // namespace
 
 void adapter_forward(const AdapterForward& call) {
+  if (is_small(call)) return adapter_forward_small(call);
   if (call.type == Type::kFloat32) return forward_as<Portable<float>>(call, adapter_forward_float);
 #ifdef PK_NATIVE
   if (native_bfloat16()) return forward_as<NativeBFloat16>(call, adapter_forward_native);

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "exp.h"
+#include "dots.h"
 #include "lowrank.h"
 #include "parts.h"
 
@@ -25,20 +25,6 @@ PK_INLINE void widen_row(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
-// `valid` elements, zeros beyond; `room` may be read.
-template <typename T>
-PK_INLINE vf load_as_float(const T* from, int64_t valid, int64_t room) {
-  float lanes[kLanes] = {};
-  if (room < kLanes) {
-    for (int64_t i = 0; i < valid; ++i) lanes[i] = to_float(from[i]);
-    return load(lanes);
-  }
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
-  if (valid >= kLanes) return load(lanes);
-  constexpr vi kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return masked(load(lanes), kNumbers < static_cast<int32_t>(valid));
-}
-
 // sum + the products of v and w lane by lane, in short chains; v is zero up to a whole vector.
 template <typename T>
 PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count, int64_t room) {
@@ -49,33 +35,6 @@ PK_INLINE vf add_products(vf sum, const float* v, const T* w, int64_t count, int
     sum += acc;
   }
   return sum;
-}
-
-// The sum over the lanes of each of sixteen vectors, halves on halves: fewer additions, and fewer
-// dependent ones, than one vector after another.
-PK_INLINE vf sums_of(const vf (&v)[kLanes]) {
-  vf eights[8], fours[4], twos[2];
-  PK_UNROLL for (int i = 0; i < 8; ++i) {
-    const vf a = v[i], b = v[i + 8];
-    eights[i] =
-        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  PK_UNROLL for (int i = 0; i < 4; ++i) {
-    const vf a = eights[i], b = eights[i + 4];
-    fours[i] =
-        __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-        __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  }
-  PK_UNROLL for (int i = 0; i < 2; ++i) {
-    const vf a = fours[i], b = fours[i + 2];
-    twos[i] =
-        __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  const vf a = twos[0], b = twos[1];
-  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
 // out[0, count) = sum_n v[n] w[n, 0 .. count), in short chains; out has room for a whole vector.

@@ -1,5 +1,7 @@
 #include "lowrank_bf16.h"
 
+#include "dots.h"
+
 #ifdef PK_NATIVE
 // GCC 12 warns of the deliberately undefined operands inside its own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -220,6 +222,37 @@ PK_NATIVE void NativeBFloat16::expand(
     }
   }
 }
+
+template <int R>
+PK_NATIVE void dots(
+    const bfloat16* v, int64_t v_stride, const bfloat16* w, int64_t count, int64_t rows, float* line) {
+  constexpr int C = kLanes / R;
+  for (int64_t n0 = 0; n0 < std::min(rows, kLanes); n0 += C) {
+    const bfloat16* row[C];
+    PK_UNROLL for (int c = 0; c < C; ++c) row[c] = w + std::min(n0 + c, rows - 1) * count;
+    __m512 acc[kLanes] = {};
+    for (int64_t k = 0; k < count; k += 32) {
+      const __mmask32 valid = first(count - k);
+      __m512bh x[R];
+      PK_UNROLL for (int i = 0; i < R; ++i)
+        x[i] = (__m512bh)_mm512_maskz_loadu_epi16(valid, v + i * v_stride + k);
+      PK_UNROLL for (int c = 0; c < C; ++c) {
+        const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(valid, row[c] + k);
+        PK_UNROLL for (int i = 0; i < R; ++i)
+          acc[i * C + c] = _mm512_dpbf16_ps(acc[i * C + c], x[i], weights);
+      }
+    }
+    vf sum[kLanes];
+    PK_UNROLL for (int i = 0; i < kLanes; ++i) sum[i] = (vf)acc[i];
+    float lanes[kLanes];
+    store(lanes, sums_of(sum));
+    PK_UNROLL for (int i = 0; i < R; ++i) std::memcpy(line + i * kLanes + n0, lanes + i * C, C * sizeof(float));
+  }
+}
+
+template PK_NATIVE void dots<1>(const bfloat16*, int64_t, const bfloat16*, int64_t, int64_t, float*);
+template PK_NATIVE void dots<2>(const bfloat16*, int64_t, const bfloat16*, int64_t, int64_t, float*);
+template PK_NATIVE void dots<4>(const bfloat16*, int64_t, const bfloat16*, int64_t, int64_t, float*);
 
 }  // namespace pk
 #endif  // PK_NATIVE

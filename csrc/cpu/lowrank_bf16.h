@@ -36,6 +36,11 @@ struct NativeBFloat16 {
       const bfloat16* s, int64_t s_stride, const bfloat16* q, const Epilogue<bfloat16>& after,
       const Rows& rows, int64_t ranks, int64_t columns, bfloat16* y, int64_t y_stride);
 };
+
+// The sums of dots.h.
+template <int R>
+PK_NATIVE void dots(
+    const bfloat16* v, int64_t v_stride, const bfloat16* w, int64_t count, int64_t rows, float* line);
 #endif
 
 }  // namespace pk

@@ -19,6 +19,9 @@ PATHS = pytest.mark.parametrize("native", [True, False], ids=["native", "portabl
 SHAPES = [
     pytest.param(1, 1, 1, id="one-of-everything"),
     pytest.param(1, 7, 3, id="one-token"),
+    pytest.param(7, 131, 21, id="few-ragged"),  # unpacked without dropout, up to 16 or 32 tokens
+    pytest.param(16, 256, 64, id="few-aligned"),
+    pytest.param(31, 24, 70, id="few-rank-above-features"),
     pytest.param(33, 50, 5, id="ragged"),
     pytest.param(64, 256, 64, id="aligned"),
     pytest.param(70, 131, 21, id="ragged-blocks"),
@@ -208,16 +211,26 @@ def test_activations_at_their_corners(activation: str) -> None:
         )
 
 
+@PATHS
 @DTYPES
 @pytest.mark.parametrize("scale", ["number", "learned", "channel"])
 @pytest.mark.parametrize("residual", ["input", "other", None])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "dropout_p"), [(90, 0.25), (15, 0.0)])
 def test_scales_residuals_and_biases(
-    scale: str, residual: str | None, bias: bool, dtype: torch.dtype
+    tokens: int,
+    dropout_p: float,
+    scale: str,
+    residual: str | None,
+    bias: bool,
+    dtype: torch.dtype,
+    native: bool,
 ) -> None:
+    extension.load().use_native(native)
     given = problem(
-        90, 70, 12, dtype=dtype, scale=scale, residual=residual, bias=bias, dropout_p=0.25
-    )
+        tokens, 70, 12, dtype=dtype, scale=scale, residual=residual, bias=bias,
+        dropout_p=dropout_p,
+    )  # fmt: skip
     check(given, dtype)
 
 
@@ -242,10 +255,8 @@ def test_the_bottleneck_bias_gradient_is_the_rounded_sum_of_its_rows(
     extension.load().use_native(native)
     given = problem(200, 70, 21, dtype=dtype, activation="silu")  # of one chunk
     found = by_cpp(given, torch.float32)["d_down_bias"]
-    rows = [
-        by_cpp(replace(given, x=given.x[m : m + 1], dy=given.dy[m : m + 1]), torch.float32)
-        for m in range(len(given.x))
-    ]
+    alone = torch.eye(len(given.x), dtype=dtype)[:, :, None]  # the gradient of one row each
+    rows = [by_cpp(replace(given, dy=given.dy * one), torch.float32) for one in alone]
     exact = sum(row["d_down_bias"].double() for row in rows)
     assert torch.equal(found, exact.float())
 
@@ -257,8 +268,13 @@ def test_mask_equals_the_specification_bit_for_bit() -> None:
 
 
 @DTYPES
-def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    given = problem(700, 120, 20, dtype=dtype, dropout_p=0.1, scale="learned")
+@pytest.mark.parametrize(
+    ("tokens", "features", "dropout_p"), [(700, 120, 0.1), (15, 2000, 0.0)], ids=["many", "few"]
+)
+def test_results_do_not_depend_on_the_number_of_threads(
+    tokens: int, features: int, dropout_p: float, dtype: torch.dtype
+) -> None:
+    given = problem(tokens, features, 20, dtype=dtype, dropout_p=dropout_p, scale="learned")
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -272,11 +288,12 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
 @PATHS
 @DTYPES
+@pytest.mark.parametrize(("tokens", "dropout_p"), [(90, 0.1), (13, 0.0)], ids=["many", "few"])
 def test_strides_change_no_value_and_inputs_are_not_written(
-    dtype: torch.dtype, native: bool
+    tokens: int, dropout_p: float, dtype: torch.dtype, native: bool
 ) -> None:
     extension.load().use_native(native)
-    given = problem(90, 70, 6, dtype=dtype, residual="other", dropout_p=0.1)
+    given = problem(tokens, 70, 6, dtype=dtype, residual="other", dropout_p=dropout_p)
     expected = by_cpp(given)
 
     def within(value: Tensor) -> Tensor:
