@@ -272,7 +272,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         'reference'
     """
     if isinstance(function, torch.nn.Module):
-        prepare = _EXPLAINERS.get(type(function))
+        kinds = (_EXPLAINERS.get(kind) for kind in type(function).__mro__)
+        prepare = next((each for each in kinds if each is not None), None)
         args = (function, *args)
     else:
         prepare = _EXPLAINERS.get(function)

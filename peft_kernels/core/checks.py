@@ -6,7 +6,9 @@ ran: an error from a kernel or from compiled code would reach the user without i
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +172,7 @@ def check_run_time_scale(name: str, value: object, like: Tensor) -> float | Tens
             f"{name} must be a number (alpha / r) or a tensor of one element on {like.device} that "
             f"gets no gradient, got {describe(value)}{gradient}"
         )
-    return value
+    return value if value.dim() < 2 else value.reshape(())
 
 
 def check_seed(value: object, device: torch.device, name: str = "seed") -> Tensor:
@@ -199,15 +201,22 @@ def check_same_device(
             )
 
 
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+autocast_anywhere = torch._C._is_any_autocast_enabled
 
 
 def autocast_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for a device; never for one that has no autocast."""
     # Whether it is on anywhere is the shorter question.
-    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not autocast_anywhere():
         return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autocast is off for a device, also for one that has none."""
+    if autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def compute_dtype(

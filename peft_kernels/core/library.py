@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch
 
+from peft_kernels.core import checks
 from peft_kernels.core.operands import wide_dtype
 
 # Classes of tensors that a launcher can always take.
@@ -63,7 +64,8 @@ def out_variant_op(
 
     def run(*args: object) -> None:
         if is_compiling():
-            op(*args)
+            # A traced backward may follow a forward that was not, which saved numbers.
+            op(*_with_tensors(args, kinds))
         elif type(args[0]) in _WITH_DATA and not modes():
             launcher(*args)
         else:
@@ -159,16 +161,26 @@ def traced_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what torch's ``once_differentiable`` does, at no cost while gradients are not recorded.
+    """Refuse to differentiate a backward again, and run it without autocast wherever it is called.
 
-    That is so in every backward without ``create_graph``, and there it does nothing.
+    torch's decorator of this name refuses only where the gradients that arrive are to be
+    differentiated, and gives zeros without a word where they are constants, although the results
+    depend on what forward saved too. In a backward without ``create_graph`` nothing has to be done.
     """
     guarded = torch.autograd.function.once_differentiable(backward)
 
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        leaves = [g if g is None else g.detach().requires_grad_() for g in gradients]
+        return guarded(ctx, *leaves)
+
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            return guarded(ctx, *gradients)
-        return backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not checks.autocast_anywhere():
+            return checked(ctx, *gradients)
+        device = next((g.device for g in gradients if g is not None), torch.device("meta"))
+        with checks.without_autocast(device):
+            return checked(ctx, *gradients)
 
     return run

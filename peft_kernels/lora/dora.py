@@ -41,7 +41,7 @@ def run_norm(
 ) -> None:
     """Write the norm [N] of the rows of W + scale B A, in float32 or float64 throughout."""
     dtype = norm.dtype
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), checks.without_autocast(weight.device):
         a, b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
         gram = a @ a.t()  # [r, r]
         whole = weight.dtype == dtype

@@ -39,8 +39,9 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     ) -> Tensor:
         """Return y [..., D] in the dtype of the table."""
         ids = input_ids.reshape(-1)
-        y = weight.index_select(0, ids)  # [M, D]
-        low = lora_a.t().index_select(0, ids).to(weight.dtype)  # [M, r]
+        # Not index_select, which compiled code counts from the end below zero.
+        y = torch.embedding(weight, ids)  # [M, D]
+        low = torch.embedding(lora_a.t(), ids).to(weight.dtype)  # [M, r]
         up = lora_b.to(weight.dtype).t()
         if isinstance(scale, Tensor):
             y.addmm_((low * scale).to(low.dtype), up)
@@ -66,13 +67,11 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         dweight = da = db = None
         if need_weight:
             dweight = _scattered(dy, ids, rows, padding_idx)
-        # Autocast may be on where backward is called, whatever it was in forward.
-        with torch.autocast(dy.device.type, enabled=False):
-            if need_a:
-                dlow = (dy @ lora_b.to(dy.dtype)).to(wide_dtype(a_dtype)) * factor  # [M, r]
-                da = _scattered(dlow, ids, rows, padding_idx).t().to(a_dtype)
-            if need_b:
-                db = (dy.t() @ low).to(wide_dtype(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
+        if need_a:
+            dlow = (dy @ lora_b.to(dy.dtype)).to(wide_dtype(a_dtype)) * factor  # [M, r]
+            da = _scattered(dlow, ids, rows, padding_idx).t().to(a_dtype)
+        if need_b:
+            db = (dy.t() @ low).to(wide_dtype(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
         return None, dweight, da, db, None, None
 
 

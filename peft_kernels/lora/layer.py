@@ -97,11 +97,24 @@ class LoRALinear(nn.Module):
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something
                 else, a quantised one stores something else).
+            ValueError: its weight is not a parameter (pruned, weight-normalised), or it has forward
+                hooks.
         """
         if type(linear) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise TypeError(
                 f"from_linear takes a torch.nn.Linear, got {type(linear).__module__}."
                 f"{type(linear).__name__}, whose forward may differ; wrap its nn.Linear instead"
+            )
+        if not isinstance(linear.weight, nn.Parameter):
+            raise ValueError(
+                f"linear.weight is no parameter but made anew from others, as by torch.nn.utils."
+                f"prune or weight_norm: remove that first, so that the weight is one, got "
+                f"{sorted(name for name, _ in linear.named_parameters())}"
+            )
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(
+                "linear has forward hooks, which the new layer would not run: remove them, and "
+                "register them on that layer"
             )
         layer = cls.__new__(cls)
         layer._init_from(linear, r, lora_alpha, lora_dropout, use_rslora, dtype)
@@ -207,6 +220,26 @@ class LoRALinear(nn.Module):
             raise RuntimeError("this LoRALinear is not merged; call .merge() first")
         self.weight.copy_(self._weight_plus(-self.delta_weight()))
         self.merged = False
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            error_msgs.append(
+                f"{prefix.removesuffix('.') or 'this LoRALinear'} is merged: its weight holds the "
+                f"update; call .unmerge() before loading, and merge again"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _weight_plus(self, delta: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, delta.dtype)

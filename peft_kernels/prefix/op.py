@@ -264,7 +264,7 @@ def _traced_scale(scale: float | None, head_size: int) -> Tensor | None:
     """Return a scale as a traced op takes it: None is 1 / sqrt(d), another number a CPU tensor."""
     if scale is None or scale == head_size**-0.5:
         return None
-    return torch.full((), scale, dtype=torch.float64)
+    return torch.full((), scale, dtype=torch.float64, device="cpu")
 
 
 def explain_call(*args: Any, **kwargs: Any) -> tuple[backends.Op, PrefixSpec, str | None]:

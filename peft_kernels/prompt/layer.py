@@ -141,7 +141,10 @@ class PromptEmbedding(nn.Module):
 
     def virtual_tokens(self) -> Tensor:
         """Return the rows that are put in, [P, D]: the prompt, through the MLP if there is one."""
-        return self.prompt if self.projection is None else self.projection(self.prompt)
+        if self.projection is None:
+            return self.prompt
+        # Autocast gives its own dtype, which may not mix with the table's.
+        return self.projection(self.prompt).to(self.prompt.dtype)
 
     def forward(
         self,
@@ -242,7 +245,7 @@ def _drawn_ids(embedding: nn.Embedding, count: int) -> Tensor:
 
 def _given_ids(init: Tensor | Sequence[int], vocabulary: int, count: int) -> Tensor:
     """Return ``count`` ids, those given repeated or cut."""
-    ids = torch.as_tensor(init)
+    ids = init if isinstance(init, Tensor) else torch.as_tensor(init, device="cpu")
     if ids.numel() == 0 or ids.dim() != 1:
         raise ValueError(f"init must be a list of token ids, at least one, got {describe(init)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from peft_kernels.core import backend as backends
 from peft_kernels.core import checks
@@ -42,6 +43,10 @@ class PromptOutput(NamedTuple):
     attention_mask: Tensor | None
     labels: Tensor | None
     position_ids: Tensor
+
+
+# By this name torch.export.save writes it, and load knows it again.
+_register_namedtuple(PromptOutput, serialized_type_name="peft_kernels.PromptOutput")
 
 
 class PromptEmbeddingFunction(torch.autograd.Function):
