@@ -61,6 +61,12 @@ def qwen(**changes: Any) -> nn.Module:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**options))
 
 
+def stable_lm() -> nn.Module:
+    """Return a model whose layers take any arguments and drop them."""
+    config = transformers.StableLmConfig(**SIZES, num_key_value_heads=2)
+    return transformers.StableLmForCausalLM(config)
+
+
 def bert(head: str) -> nn.Module:
     labels = {"num_labels": 2} if head == "ForQuestionAnswering" else {}
     config = transformers.BertConfig(**(SIZES | NO_DROPOUT | labels))
@@ -438,6 +444,7 @@ def test_report_says_why_not() -> None:
     windowed = qwen(use_sliding_window=True, sliding_window=4, max_window_layers=1)
     skipped = {
         "sliding window": built(prefix(), windowed),
+        "StableLmDecoderLayer does not pass arguments on": built(prefix(), stable_lm()),
         "task_type": PeftModel(llama(), PromptTuningConfig(num_virtual_tokens=VIRTUAL)),
         "encoder-decoder": built(
             prefix("SEQ_2_SEQ_LM"),

@@ -104,6 +104,10 @@ OF_PEFT: dict[str, dict[str, Any]] = {
         "layers_pattern": "layers",
     },
     "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "a whole name is of any layer": {
+        "target_modules": ["q_proj", "lm_head"],
+        "layers_to_transform": [1],
+    },
 }
 
 

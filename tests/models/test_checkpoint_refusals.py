@@ -176,6 +176,11 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
         save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="no layers of peft_kernels"):
         save_adapter(llama(), tmp_path)
+    model = llama()
+    put_lora(model, "q_proj")
+    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        with pytest.raises(ValueError, match=f"task_type='{task}', and only.*FEATURE_EXTRACTION"):
+            save_adapter(model, tmp_path, task_type=task)
     assert not list(tmp_path.iterdir())
 
 

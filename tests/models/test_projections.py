@@ -308,3 +308,40 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, groups: list[in
     assert len(groups) == 4 + 8
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+class _Mixed(nn.Module):
+    """Query, key and value of one x, the key outside of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        query = self.q_proj(x)
+        with torch.autocast("cpu", enabled=False):
+            key = self.k_proj(x)
+        return query, key, self.v_proj(x)
+
+
+def _mixed() -> PeftModel:
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+    return get_peft_model(_Mixed(), config)  # type: ignore[arg-type]
+
+
+def test_what_was_made_under_autocast_is_for_calls_under_it(groups: list[int]) -> None:
+    model = _mixed()
+    accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.randn(3, 16))
+    assert [y.dtype for y in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert groups[0] == 3
+
+
+def test_what_waits_is_gone_once_a_result_was_differentiated(groups: list[int]) -> None:
+    model = _mixed()
+    accelerate(model)
+    layers, x = model.base_model.model, torch.randn(3, 16)
+    layers.k_proj(x).sum().backward()  # one alone: query and value wait, their graph is gone
+    sum(y.sum() for y in layers(x)).backward()
+    assert groups == [3, 3]

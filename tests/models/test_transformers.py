@@ -59,6 +59,24 @@ def test_packed_sequences_by_position_ids_alone(family: str, rows: int) -> None:
     torch.testing.assert_close(model(**given).logits[:1, 3:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_are_no_packing_where_a_mask_is_given(use_cache: bool) -> None:
+    """Skipped positions, as PoSE trains with; the mask hides nothing, which must not matter."""
+    base = llama()
+    model = copy.deepcopy(base)
+    attach_prefixes(model, num_virtual_tokens=4, gated=True)  # closed: the model as it was
+    ids = batch()["input_ids"]
+    positions = torch.arange(ids.shape[1]) + 20 * (torch.arange(ids.shape[1]) > 4)
+    given = {"input_ids": ids, "position_ids": positions[None], "use_cache": use_cache}
+    mask = torch.ones_like(ids)
+    for hidden in (0, 1):
+        mask[0, :hidden] = 0
+        found, expected = (m(**given, attention_mask=mask).logits for m in (model, base))
+        torch.testing.assert_close(found[:, hidden:], expected[:, hidden:], atol=1e-5, rtol=1e-5)
+    packed = model(**given).logits
+    assert (packed - model(**given, attention_mask=torch.ones_like(ids)).logits).abs().max() > 1e-3
+
+
 def test_packed_sequences_by_given_offsets() -> None:
     model = make("llama")
     ids, positions = batch()["input_ids"][:1], torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])

@@ -90,12 +90,14 @@ def attention_forward(
         # Beside a mask it only says that SDPA is to take the mask instead (GPT-2, transformers 4).
         causal = False
     key_mask, offsets = _mask(attention_mask, kwargs.get("cu_seq_lens_q"))
-    if attention_mask is None and offsets is None and causal and query.shape[2] == key.shape[2]:
+    tokens, brought, gate = getattr(module, SUBMODULE, None), kwargs.get(CALL_PREFIXES), None
+    # Peft's models, and what has no prefix, do as the model does without this implementation.
+    own = tokens is not None and brought is None and attention_mask is None and offsets is None
+    if own and causal and query.shape[2] == key.shape[2]:
         offsets = _packed(query, kwargs.get("position_ids"))
     if key_mask is not None and key_mask.shape[1] < key.shape[2]:
         # A static cache hands out what was not written yet too.
         key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
-    tokens, brought, gate = getattr(module, SUBMODULE, None), kwargs.get(CALL_PREFIXES), None
     if brought is not None:
         prefix_key, prefix_value = brought.of(module, key.device)
     elif tokens is None:
@@ -124,6 +126,8 @@ def _mask(mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor | None, T
             f"attention_mask must be the 2-D mask of padding [B, positions] for {IMPLEMENTATION}, "
             f"got {list(mask.shape)}: a mask of one's own for every query has no kernel"
         )
+    if mask.shape[1] == 0:  # of padding that is nowhere
+        return None, offsets
     return mask.bool(), offsets
 
 

@@ -52,9 +52,9 @@ def prefix_mask(
         **kwargs: ``cache_position``, transformers 4's word for q_length and q_offset; else unread.
 
     Returns:
-        None: every key is there; bool [B, T'], True = keep, where some are not (keys from T' on
-        have not been written yet); or int32 [n + 1], the offsets of n packed sequences in B · S
-        tokens.
+        None: every key is there, and no mask was given; bool [B, 0]: every key is there by a mask
+        that was given; bool [B, T'], True = keep, where some are not (keys from T' on have not been
+        written yet); or int32 [n + 1], the offsets of n packed sequences in B · S tokens.
 
     Raises:
         ValueError: a pattern that has no kernel, or a mask that ends before the last query.
@@ -74,9 +74,10 @@ def prefix_mask(
     if "causal_mask_function" in parts and kv_length != q_length:
         # A static cache hands out keys that have not been written yet.
         width = min(width, int(q_offset) + int(q_length or 0) - kv_offset)
-    if attention_mask is None:
+    # What this function gave may be given to it: generate makes masks ahead.
+    if attention_mask is None or attention_mask.shape[1] == 0:
         if width == kv_length:
-            return None
+            return attention_mask
         device = kwargs.get("device")
         return torch.ones(batch_size, width, dtype=torch.bool, device=device)
     if isinstance(q_offset, int) and attention_mask.shape[1] > q_offset + int(q_length or 0):
@@ -93,7 +94,7 @@ def prefix_mask(
         )
     # Looking stops the host for a moment, once a model call; a traced mask cannot be looked at.
     whole = width == kv_length and not torch.compiler.is_compiling()
-    return None if whole and bool(keep.all()) else keep
+    return keep[:, :0] if whole and bool(keep.all()) else keep
 
 
 def packed_offsets(position_ids: Tensor) -> Tensor | None:

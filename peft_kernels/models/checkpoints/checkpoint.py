@@ -24,6 +24,14 @@ _OF_PEFT: dict[str, Callable[..., list[str]]] = {
 }
 
 
+# What peft itself saves with an adapter of these tasks, and misses where it is not there.
+_WITH_HEADS = {
+    "SEQ_CLS": "classifier or score",
+    "TOKEN_CLS": "classifier or score",
+    "QUESTION_ANS": "qa_outputs",
+}
+
+
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -57,7 +65,9 @@ def save_adapter(
         folder: made where it does not exist.
         base_model: path or name of the model below, for who loads the adapter without it; None
             takes transformers' ``model.config._name_or_path``.
-        task_type: peft's, for instance "CAUSAL_LM"; prompts and prefixes need it.
+        task_type: peft's, for instance "CAUSAL_LM"; prompts and prefixes need it. Those of
+            classifiers, with which peft saves the classifier, are refused: with
+            "FEATURE_EXTRACTION" it loads the adapter into any model.
 
     Returns:
         The names of the layers, in the model as it was before they were placed.
@@ -99,6 +109,12 @@ def save_adapter(
         )
     if len(kinds) > 1:
         raise ValueError(f"model has {' and '.join(kinds)}: no format has more than one kind")
+    if task_type in _WITH_HEADS:
+        raise ValueError(
+            f"peft looks for {_WITH_HEADS[task_type]} in an adapter of task_type={task_type!r}, "
+            f"and only the layers of peft_kernels are saved: pass task_type='FEATURE_EXTRACTION', "
+            f"and save what else was trained beside it"
+        )
     (save,) = kinds.values()
     return save(inner, Path(folder), base_model, task_type)
 

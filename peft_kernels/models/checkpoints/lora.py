@@ -233,7 +233,8 @@ def _resolved(
         names = [name for name in modules if name and _matches(name, targets)]
     names = [name for name in names if not _matches(name, excluded)]
     if not isinstance(targets, str):
-        names = [name for name in names if _in_wanted_layer(name, settings)]
+        # A target that is a whole name is one whatever layer it is of.
+        names = [name for name in names if name in targets or _in_wanted_layer(name, settings)]
     if not names:
         raise ValueError(
             f"{files.SETTINGS}: target_modules={targets!r} names no module of this "
@@ -263,9 +264,11 @@ def _in_wanted_layer(name: str, settings: Mapping[str, Any]) -> bool:
     wanted = files.option(settings, "layers_to_transform", (int, list), [])
     if wanted == []:
         return True
-    patterns = files.option(settings, "layers_pattern", (str, list), []) or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    patterns = files.option(settings, "layers_pattern", (str, list), [])
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    starts = [rf"(?:^|.*?\.){each}" for each in patterns if each] or [r".*?\.[^.]*"]
+    for start in starts:
+        found = re.match(rf"{start}\.(\d+)\.", name)
         if found is not None:
             return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False

@@ -9,6 +9,7 @@ with the arguments that it had, so with the prefixes of its own call, whatever w
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def why_not(model: Any) -> str | None:
         return str(reason)
     for name in layers:
         for holder in _holders(base, name):
-            if not _takes_any(holder):
+            if not _passes_any(holder):
                 return f"{type(holder).__name__} does not pass arguments on to its attention"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return f"{type(base).__name__} takes no position_ids"
@@ -260,9 +261,16 @@ def _holders(base: nn.Module, name: str) -> list[nn.Module]:
     return [each for each in held if not isinstance(each, nn.ModuleList)]
 
 
-def _takes_any(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+def _passes_any(module: nn.Module) -> bool:
+    """Return whether a forward takes any keyword arguments, and does not let them drop."""
+    forward = inspect.unwrap(module.forward)
+    parameters = inspect.signature(forward).parameters.values()
+    names = [each.name for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
+    code = getattr(forward, "__code__", None)
+    if not names or code is None:
+        return bool(names)
+    steps = dis.get_instructions(code)
+    return any(step.argval == names[0] and step.opname.startswith("LOAD") for step in steps)
 
 
 def _is_reentrant(base: nn.Module) -> bool:

@@ -2,20 +2,22 @@
 
 Their parent calls them one after another with the same tensor. The first call computes all of them
 by ``lora_projections``, and the others find their result waiting. What waits is handed out only for
-the very tensor it was made of, unchanged, under the same grad mode and to a layer in the same
-state; a layer that turns out to be called with something else leaves the group alone from then on.
-What one thread computed waits for that thread alone.
+the very tensor it was made of, unchanged, under the same grad mode and autocast and to a layer in
+the same state, until one of the results has been differentiated; a layer that turns out to be
+called with something else leaves the group alone from then on. What one thread computed waits for
+that thread alone.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.core import projections_tiles
+from peft_kernels.core import checks, projections_tiles
 from peft_kernels.lora.projections import lora_projections
 
 # Under this name a layer knows its group: no submodule, no entry of the state dict.
@@ -45,18 +47,33 @@ class Projection(NamedTuple):
     dropout_p: float
 
 
+class _Ready(dict[int, tuple[Tensor, list[Any]]]):
+    """Results that wait, by place, each with the state of its layer when it was made."""
+
+    def forget_with(self, node: Any) -> None:
+        """Leave nothing here once a node of autograd has run: what it saved is gone by then."""
+        held = weakref.ref(self)
+
+        def forget(*_: Any) -> None:
+            ready = held()
+            if ready is not None:
+                ready.clear()
+
+        node.register_prehook(forget)
+
+
 class _Waiting(threading.local):
     """What the calls of one thread left for its next ones.
 
     Attributes:
-        ready: by place: a result, and the state of its layer when it was made.
-        key: of all of them: x and its version, the grad mode, and the tensors that they were made
-            of, so that none of those can be another one at the same address.
+        ready: what waits.
+        key: of all of them: x and its version, the modes, and the tensors that they were made of,
+            so that none of those can be another one at the same address.
     """
 
     def __init__(self) -> None:
         """Start empty, in every thread."""
-        self.ready: dict[int, tuple[Tensor, list[Any]]] = {}
+        self.ready = _Ready()
         self.key: tuple[Any, ...] = ()
 
 
@@ -92,9 +109,9 @@ class Projections:
         waiting = self._waiting
         if index in waiting.ready:
             y, state = waiting.ready.pop(index)
-            made_of, version, grad = waiting.key[:3]
+            made_of, version, modes = waiting.key[:3]
             if made_of is x:
-                same = version == x._version and grad is torch.is_grad_enabled()
+                same = version == x._version and modes == _modes(x)
                 if same and state == member.state():
                     if not waiting.ready:
                         self._forget()
@@ -118,7 +135,7 @@ class Projections:
         return None
 
     def _forget(self) -> None:
-        self._waiting.ready, self._waiting.key = {}, ()
+        self._waiting.ready, self._waiting.key = _Ready(), ()
 
     def _compute(self, index: int, x: Tensor) -> Tensor | None:
         """Return y of one member and let those of the others wait."""
@@ -137,13 +154,21 @@ class Projections:
         ys = lora_projections(
             x, weights, lora_as, lora_bs, biases, scales=scales, dropout_p=dropout_ps
         )
-        self._waiting.ready = {
-            place: (y, member.state())
-            for place, (member, y) in enumerate(zip(self.members, ys, strict=True))
-            if place != index
-        }
-        self._waiting.key = (x, x._version, torch.is_grad_enabled(), given)
+        self._waiting.ready = ready = _Ready()
+        for place, (member, y) in enumerate(zip(self.members, ys, strict=True)):
+            if place != index:
+                ready[place] = (y, member.state())
+        self._waiting.key = (x, x._version, _modes(x), given)
+        if ys[index].grad_fn is not None:
+            ready.forget_with(ys[index].grad_fn)
         return ys[index]
+
+
+def _modes(x: Tensor) -> tuple[Any, ...]:
+    """Return what a result depends on beside tensors: the grad mode, and autocast's dtype."""
+    autocast = checks.autocast_enabled(x.device)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+    return torch.is_grad_enabled(), dtype
 
 
 def group(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, ...]]:
