@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.adapter.activations import activate, derivative
+from peft_kernels.core.checks import outside_autocast
 from peft_kernels.core.operands import wide_dtype
 from peft_kernels.core.rng import dropout_mask
 
@@ -94,6 +95,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+@outside_autocast
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from peft_kernels.adapter import reference
+from peft_kernels.core.checks import outside_autocast
 from peft_kernels.core.rng import dropout_mask
 
 
@@ -56,6 +57,7 @@ def forward(
         y[rows], pre[rows] = own_y, own_pre
 
 
+@outside_autocast
 def backward(
     dy: Tensor,
     x: Tensor,

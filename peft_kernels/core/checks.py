@@ -7,7 +7,9 @@ ran: an error from a kernel or from compiled code would reach the user without i
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -217,6 +219,21 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if autocast_enabled(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def outside_autocast(function: Callable[..., None]) -> Callable[..., None]:
+    """Return ``function``, whose first argument is a tensor, made to run without autocast.
+
+    For what PyTorch's operations make in backward, which is called under autocast or not, whatever
+    was on in forward.
+    """
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> None:
+        with without_autocast(first.device):
+            function(first, *args, **kwargs)
+
+    return run
 
 
 def compute_dtype(

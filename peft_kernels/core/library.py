@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch
 
-from peft_kernels.core import checks
 from peft_kernels.core.operands import wide_dtype
 
 # Classes of tensors that a launcher can always take.
@@ -161,7 +160,7 @@ def traced_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse to differentiate a backward again, and run it without autocast wherever it is called.
+    """Refuse to differentiate a backward again.
 
     torch's decorator of this name refuses only where the gradients that arrive are to be
     differentiated, and gives zeros without a word where they are constants, although the results
@@ -169,18 +168,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
     guarded = torch.autograd.function.once_differentiable(backward)
 
-    def checked(ctx: Any, *gradients: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
-        leaves = [g if g is None else g.detach().requires_grad_() for g in gradients]
-        return guarded(ctx, *leaves)
-
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
-        if torch.compiler.is_compiling() or not checks.autocast_anywhere():
-            return checked(ctx, *gradients)
-        device = next((g.device for g in gradients if g is not None), torch.device("meta"))
-        with checks.without_autocast(device):
-            return checked(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        return guarded(ctx, *[g if g is None else g.detach().requires_grad_() for g in gradients])
 
     return run

@@ -67,11 +67,13 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         dweight = da = db = None
         if need_weight:
             dweight = _scattered(dy, ids, rows, padding_idx)
-        if need_a:
-            dlow = (dy @ lora_b.to(dy.dtype)).to(wide_dtype(a_dtype)) * factor  # [M, r]
-            da = _scattered(dlow, ids, rows, padding_idx).t().to(a_dtype)
-        if need_b:
-            db = (dy.t() @ low).to(wide_dtype(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
+        # Autocast may be on where backward is called, whatever it was in forward.
+        with checks.without_autocast(dy.device):
+            if need_a:
+                dlow = (dy @ lora_b.to(dy.dtype)).to(wide_dtype(a_dtype)) * factor  # [M, r]
+                da = _scattered(dlow, ids, rows, padding_idx).t().to(a_dtype)
+            if need_b:
+                db = (dy.t() @ low).to(wide_dtype(lora_b.dtype)).mul_(factor).to(lora_b.dtype)
         return None, dweight, da, db, None, None
 
 

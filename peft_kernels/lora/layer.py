@@ -85,6 +85,9 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """Wrap ``linear``, sharing its weight and bias and freezing both.
 
+        ``replace`` puts the layer into a model; by hand, ``nn.TransformerEncoderLayer`` must be
+        told not to read its weight past it (``replace`` turns off that fast path of inference).
+
         Args:
             linear: the base layer; its parameters become this layer's, not copies.
             r: rank.

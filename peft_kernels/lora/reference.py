@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_kernels.core.checks import outside_autocast
 from peft_kernels.core.rng import dropout_mask
 
 
@@ -50,6 +51,7 @@ def forward(
     y.addmm_(s, lora_b.t())
 
 
+@outside_autocast
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.core.checks import outside_autocast
 from peft_kernels.core.rng import dropout_mask
 
 # Of so few rows, sums are made in parts of so many.
@@ -254,6 +255,7 @@ def forward(
         prefix_lse.view(w.lse.shape).copy_(w.prefix_lse)
 
 
+@outside_autocast
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -132,6 +132,16 @@ def test_explain_follows_the_demand_and_knows_layers(monkeypatch: pytest.MonkeyP
     assert peft_kernels.explain(layer, x).backend is None
 
 
+def test_explain_knows_a_subclass() -> None:
+    class Mine(peft_kernels.LoRALinear):
+        """A user's own."""
+
+    x = torch.randn(2, 8)
+    found = peft_kernels.explain(Mine(8, 8, r=2, lora_alpha=2), x)
+    plain = peft_kernels.explain(peft_kernels.LoRALinear(8, 8, r=2, lora_alpha=2), x)
+    assert found.backend == plain.backend is not None
+
+
 def test_explain_of_something_else_lists_what_it_knows() -> None:
     with pytest.raises(TypeError, match="LoRALinear.*lora_linear"):
         peft_kernels.explain(torch.add, torch.ones(2), torch.ones(2))

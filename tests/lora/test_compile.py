@@ -86,6 +86,20 @@ def test_a_scale_beside_float64_keeps_its_digits_while_traced() -> None:
         torch.testing.assert_close(compiled(), call(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_traced_backward_follows_a_forward_that_was_not_traced() -> None:
+    layer = LoRALinear(8, 8, r=2, lora_alpha=3)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = [p.grad for p in (layer.lora_A, layer.lora_B)]
+    layer.zero_grad()
+    outside = torch._dynamo.disable(layer)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda x: outside(x).square().sum().backward(), backend="aot_eager")(x)
+    torch.testing.assert_close([p.grad for p in (layer.lora_A, layer.lora_B)], expected)
+
+
 def test_no_recompilation_from_the_third_distinct_scale_on() -> None:
     given = problem(4, 12, 16, 4)
     counter = CompileCounter()

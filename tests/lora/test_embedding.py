@@ -201,3 +201,20 @@ def test_no_recompilation_from_the_third_distinct_scale_on() -> None:
         torch.testing.assert_close(run(scale), lora_embedding(ids, *leaves, scale=scale))
         frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * 4 and frames[1] <= 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_an_id_below_zero_raises_compiled_too(compiler: str) -> None:
+    torch._dynamo.reset()
+    _, (table, a, b), _ = _problem()
+    run = torch.compile(lambda ids: lora_embedding(ids, table, a, b), backend=compiler)
+    with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds"):
+        run(torch.tensor([-1]))
+
+
+def test_shapes_alone_on_the_meta_device() -> None:
+    ids, leaves, _ = _problem()
+    table, a, b = (leaf.detach().to("meta").requires_grad_() for leaf in leaves)
+    y = lora_embedding(ids.to("meta"), table, a, b)
+    y.sum().backward()
+    assert y.shape == (3, 7, WIDTH) and a.grad is not None and a.grad.shape == a.shape

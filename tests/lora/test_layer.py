@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from peft_kernels import LoRALinear
 
@@ -78,6 +79,21 @@ def test_merging_twice_and_unmerging_unmerged_raise() -> None:
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
     assert torch.equal(layer.weight, merged)
+
+
+def test_a_merged_layer_loads_nothing() -> None:
+    layer = _trained()
+    state, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 24)
+    expected = layer(x)
+    layer.merge()
+    merged = layer.weight.clone()
+    model = nn.Sequential(layer)
+    with pytest.raises(RuntimeError, match=r"0 is merged: .*call \.unmerge\(\) before loading"):
+        model.load_state_dict({f"0.{name}": value for name, value in state.items()}, strict=False)
+    assert torch.equal(layer.weight, merged)
+    layer.unmerge()
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
 
 
 def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
@@ -158,6 +174,20 @@ def test_from_linear_refuses_what_is_not_exactly_a_linear() -> None:
         LoRALinear.from_linear(Other(4, 4), r=1, lora_alpha=1)
     with pytest.raises(TypeError, match="Conv1d"):
         LoRALinear.from_linear(nn.Conv1d(4, 4, 1), r=1, lora_alpha=1)  # type: ignore[arg-type]
+
+
+def test_from_linear_refuses_what_it_would_lose() -> None:
+    pruned = nn.Linear(8, 8).requires_grad_(False)
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"linear\.weight is no parameter.*weight_orig"):
+        LoRALinear.from_linear(pruned, r=2, lora_alpha=2)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hooked = nn.Linear(8, 8)
+        handle = getattr(hooked, register)(lambda *_: None)
+        with pytest.raises(ValueError, match="has forward hooks"):
+            LoRALinear.from_linear(hooked, r=2, lora_alpha=2)
+        handle.remove()
+        LoRALinear.from_linear(hooked, r=2, lora_alpha=2)
 
 
 def test_equals_pefts_layer_and_its_gradients() -> None:

@@ -267,6 +267,21 @@ def test_double_backward_is_refused() -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_backward_under_autocast_is_that_outside_of_it(dtype: torch.dtype) -> None:
+    """The reference is made of operations that autocast would change."""
+    given = problem()
+    found = []
+    for inside in (True, False):
+        inputs = given.inputs()
+        with torch.autocast("cpu", dtype):
+            out = prefix_attention(**inputs, backend="reference")
+        with torch.autocast("cpu", dtype, enabled=inside):
+            loss = out.float().square().sum()
+            found.append(torch.autograd.grad(loss, list(inputs.values())))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_dropout_follows_manual_seed_and_differs_between_calls() -> None:
     arguments = call_arguments(dropout_p=0.5)
     torch.manual_seed(5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo
@@ -140,3 +142,14 @@ def test_checkpointing_inside_compile_reproduces_eager_gradients() -> None:
     run(*leaves).backward(given.d_embeddings)
     fused(given, others, None).embeddings.relu().backward(given.d_embeddings)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, others, strict=True))
+
+
+def test_an_exported_layer_is_saved_and_loaded(tmp_path: Path) -> None:
+    layer, ids = (
+        PromptEmbedding(torch.nn.Embedding(10, 4), num_virtual_tokens=2),
+        torch.tensor([[1, 2]]),
+    )
+    path = tmp_path / "layer.pt2"
+    torch.export.save(torch.export.export(layer.eval(), (ids,)), path)
+    found = torch.export.load(path).module()(ids)
+    assert torch.equal(found.embeddings, layer(ids).embeddings)

@@ -216,3 +216,21 @@ def test_explain_and_repr() -> None:
     made.backend = "reference"
     assert explain(made, IDS, MASK).backend == "reference"
     assert "num_virtual_tokens=3, position=2" in repr(made)
+
+
+def test_a_projection_under_autocast_of_the_other_16_bits() -> None:
+    """Its MLP gives float16 there, beside a table in bfloat16."""
+    table = nn.Embedding(10, 4).bfloat16()
+    layer = PromptEmbedding(table, num_virtual_tokens=2, prompt_projection=True)
+    with torch.autocast("cpu", torch.float16):
+        found = layer(torch.tensor([[1, 2]])).embeddings
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert layer.prompt.grad is not None
+
+
+def test_first_rows_by_ids_under_a_default_device() -> None:
+    table = nn.Embedding(10, 4)
+    with torch.device("meta"):
+        layer = PromptEmbedding(table, num_virtual_tokens=2, init=[1, 3])
+    assert torch.equal(layer.prompt, table.weight[[1, 3]])
