@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.nn.utils import prune
 
 from peft_kernels import (
     Adapter,
@@ -151,6 +152,26 @@ def _(_: pytest.MonkeyPatch, __: Path) -> None:
 @provokes("targets match …, whose weight nn.MultiheadAttention reads without calling it")
 def _(_: pytest.MonkeyPatch, __: Path) -> None:
     replace(nn.TransformerEncoderLayer(8, 2), "out_proj", _wrap)
+
+
+@provokes("… is merged: its weight holds the update; call .unmerge() before loading")
+def _(_: pytest.MonkeyPatch, __: Path) -> None:
+    layer = LoRALinear(8, 8, r=2, lora_alpha=4)
+    layer.merge()
+    layer.load_state_dict(layer.state_dict())
+
+
+@provokes("linear.weight is no parameter but made anew from others")
+def _(_: pytest.MonkeyPatch, __: Path) -> None:
+    pruned = prune.random_unstructured(nn.Linear(8, 8), "weight", amount=0.5)
+    LoRALinear.from_linear(pruned, r=2, lora_alpha=4)
+
+
+@provokes("linear has forward hooks, which the new layer would not run")
+def _(_: pytest.MonkeyPatch, __: Path) -> None:
+    linear = nn.Linear(8, 8)
+    linear.register_forward_hook(lambda *_: None)
+    LoRALinear.from_linear(linear, r=2, lora_alpha=4)
 
 
 @provokes("this LoRALinear is merged: its output no longer depends on lora_A and lora_B")

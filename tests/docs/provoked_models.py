@@ -121,6 +121,13 @@ def _(_: pytest.MonkeyPatch, folder: Path) -> None:
     save_adapter(model, folder)
 
 
+@provokes(
+    "peft looks for … in an adapter of task_type=…, and only the layers of peft_kernels are saved"
+)
+def _(_: pytest.MonkeyPatch, folder: Path) -> None:
+    save_adapter(LoRALinear(8, 8, r=2, lora_alpha=4), folder, task_type="SEQ_CLS")
+
+
 @provokes("… has peft_type=…, which has no layer here")
 def _(_: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
