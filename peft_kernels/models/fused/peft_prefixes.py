@@ -269,8 +269,12 @@ def _passes_any(module: nn.Module) -> bool:
     code = getattr(forward, "__code__", None)
     if not names or code is None:
         return bool(names)
-    steps = dis.get_instructions(code)
-    return any(step.argval == names[0] and step.opname.startswith("LOAD") for step in steps)
+    for step in dis.get_instructions(code):
+        # From Python 3.13 on one instruction may load two names.
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if "LOAD" in step.opname and names[0] in loaded:
+            return True
+    return False
 
 
 def _is_reentrant(base: nn.Module) -> bool:
