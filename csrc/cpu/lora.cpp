@@ -25,7 +25,7 @@ int64_t blocks_of(int64_t rows, int64_t size) { return (rows + size - 1) / size;
 template <typename K>
 struct ForwardPlan {
   const LoRAForward* call;
-  int64_t ranks, q_stride;
+  int64_t ranks;
   const typename K::Work *p, *q;
   const float* bias;
 };
@@ -58,9 +58,11 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
     T* out = static_cast<T*>(c.s) + rows.first * c.rank;
     for (int64_t m = 0; m < rows.count; ++m)
       for (int64_t j = 0; j < c.rank; j += kLanes) {
+        const int64_t count = std::min(kLanes, c.rank - j);
         const vf values = load(&s[m * ranks + j]) * c.factor;
-        store_some(out + m * c.rank + j, values, std::min(kLanes, c.rank - j));
-        K::store_rounded(&left[m * ranks + j], values);
+        store_some(out + m * c.rank + j, values, count);
+        // Zero beyond the rank, where an infinity of x has met P's zeros.
+        store_some(&left[m * ranks + j], rounded<T>(values), count);
       }
     K::expand(
         left.data(), ranks, plan.q,
@@ -72,7 +74,7 @@ PK_INLINE void forward_blocks(const ForwardPlan<K>& plan, int64_t begin, int64_t
 template <typename K>
 struct BackwardPlan {
   const LoRABackward* call;
-  int64_t ranks, q_stride, chunks, blocks_per_chunk, da_rows, db_rows;
+  int64_t ranks, chunks, blocks_per_chunk, da_rows, db_rows;
   const typename K::Work *p, *q;
   float *da, *db, *dbias;  // one part per chunk
 };
@@ -116,10 +118,11 @@ PK_INLINE void backward_chunk(const BackwardPlan<K>& plan, int64_t chunk) {
     }
     if (!need_ds) continue;
     for (int64_t m = 0; m < rows.count; ++m)
-      for (int64_t j = 0; j < ranks; j += kLanes) {
+      for (int64_t j = 0; j < c.rank; j += kLanes) {
+        const int64_t count = std::min(kLanes, c.rank - j);
         Work* values = &ds_left[m * ranks + j];
-        K::store_rounded(values, load(&sum[m * ranks + j]) * c.factor);
-        for (int64_t i = 0; i < kLanes; ++i) ds[K::at(m, j + i, ranks)] = values[i];
+        store_some(values, rounded<T>(load(&sum[m * ranks + j]) * c.factor), count);
+        for (int64_t i = 0; i < count; ++i) ds[K::at(m, j + i, ranks)] = values[i];
       }
 
     for (int64_t k = 0; k < c.in_features; k += kDepth) {
@@ -167,7 +170,7 @@ void forward_as(const LoRAForward& call, void (*blocks)(const ForwardPlan<K>&, i
   Buffer<float> bias;
   if (call.bias)
     bias = packed_p<Portable<typename K::Element>>(call.bias, 0, 1, 1, call.out_features, q_stride);
-  const ForwardPlan<K> plan{&call, ranks, q_stride, p.get(), q.get(), bias.get()};
+  const ForwardPlan<K> plan{&call, ranks, p.get(), q.get(), bias.get()};
   const int64_t count = blocks_of(call.tokens, K::kForwardRows);
   if (count == 1) {
     blocks(plan, 0, 1);
@@ -185,7 +188,7 @@ void backward_as(const LoRABackward& call, void (*chunks)(const BackwardPlan<K>&
   Buffer<typename K::Work> q;
   if (call.dx) q = packed_q<K>(call.lora_a, call.in_features, 1, call.rank, call.in_features, q_stride);
 
-  BackwardPlan<K> plan{&call, ranks, q_stride, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};
+  BackwardPlan<K> plan{&call, ranks, 0, 0, 0, 0, p.get(), q.get(), nullptr, nullptr, nullptr};
   plan.da_rows = call.da.data ? round_up(call.in_features, kGradientRows) : 0;
   plan.db_rows = call.db.data ? round_up(call.out_features, kGradientRows) : 0;
   const int64_t part = (plan.da_rows + plan.db_rows) * ranks * static_cast<int64_t>(sizeof(float));

@@ -54,7 +54,7 @@ Buffer<typename K::Work> packed(
   using Work = typename K::Work;
   // What one task packs: long where elements lie side by side, and within a tile.
   const int64_t high = row_step == 1 ? 256 : 32;
-  const int64_t wide = std::min<int64_t>(width, row_step == 1 ? 32 : 256);
+  const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(width, row_step == 1 ? 32 : 256));
   const int64_t height = round_up(rows, 2), across = (stride + wide - 1) / wide;
   const int64_t size = packed_size(rows, stride), each = (height + high - 1) / high * across;
   const int64_t matrices = static_cast<int64_t>(numbers.size());

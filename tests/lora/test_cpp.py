@@ -211,6 +211,26 @@ def test_infinities_and_nans_reach_the_output() -> None:
         assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 17])
+@DTYPES
+def test_an_infinity_stays_one(dtype: torch.dtype, rank: int, native: bool) -> None:
+    """Zeros that pad the factors must not meet it: of that row they would make NaN."""
+    extension.load().use_native(native)
+    try:
+        ones = [torch.ones(s, dtype=dtype) for s in ((40, 64), (64, 64), (rank, 64), (64, rank))]
+        x, dy = ones[0].clone().requires_grad_(), torch.ones(40, 64, dtype=dtype)
+        with torch.no_grad():
+            x[3, 5] = dy[4, 6] = float("inf")
+        y = lora_linear(x, *ones[1:], backend="cpp")
+        (dx,) = torch.autograd.grad(y, x, dy)
+    finally:
+        extension.load().use_native(True)
+    for found, row in ((y, 3), (dx, 4)):
+        assert (found[row] == float("inf")).all()
+        assert found.isfinite().sum() == found.numel() - 64
+
+
 @DTYPES
 def test_registered_ops_give_what_the_backend_gives(dtype: torch.dtype) -> None:
     """``torch.ops.peft_kernels.cpu_lora_*``, for callers without Python."""
