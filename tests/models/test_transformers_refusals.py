@@ -14,6 +14,13 @@ from peft_kernels.models.attention.bridge import IMPLEMENTATION, attach_prefixes
 from tests.models.prefixed_models import ROTARY, batch, llama, llama4, make  # noqa: E402
 
 
+@pytest.mark.parametrize("columns", [0, 3])
+def test_a_mask_that_ends_early_is_refused(columns: int) -> None:
+    ids = batch()["input_ids"]
+    with pytest.raises(ValueError, match=r"attention_mask must reach the last query"):
+        make("llama")(input_ids=ids, attention_mask=torch.ones_like(ids[:, :columns]))
+
+
 def test_another_attention_afterwards_raises() -> None:
     model, given = make("llama"), batch()
     model.set_attn_implementation("sdpa")

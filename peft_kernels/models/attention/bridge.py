@@ -21,7 +21,12 @@ from peft_kernels.models.attention.layers import (
     prefix_of,
     self_attention,
 )
-from peft_kernels.models.attention.masks import packed_offsets, prefix_mask, prepare_tracing
+from peft_kernels.models.attention.masks import (
+    is_whole,
+    packed_offsets,
+    prefix_mask,
+    prepare_tracing,
+)
 from peft_kernels.prefix.op import prefix_attention
 
 if TYPE_CHECKING:
@@ -121,13 +126,13 @@ def _mask(mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor | None, T
         return None, offsets
     if mask.dim() == 1 and mask.dtype == torch.int32:
         return None, mask if offsets is None else offsets
+    if is_whole(mask):
+        return None, offsets
     if mask.dim() != 2:
         raise ValueError(
             f"attention_mask must be the 2-D mask of padding [B, positions] for {IMPLEMENTATION}, "
             f"got {list(mask.shape)}: a mask of one's own for every query has no kernel"
         )
-    if mask.shape[1] == 0:  # of padding that is nowhere
-        return None, offsets
     return mask.bool(), offsets
 
 

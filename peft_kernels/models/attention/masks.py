@@ -52,9 +52,10 @@ def prefix_mask(
         **kwargs: ``cache_position``, transformers 4's word for q_length and q_offset; else unread.
 
     Returns:
-        None: every key is there, and no mask was given; bool [B, 0]: every key is there by a mask
-        that was given; bool [B, T'], True = keep, where some are not (keys from T' on have not been
-        written yet); or int32 [n + 1], the offsets of n packed sequences in B · S tokens.
+        None: every key is there, and no mask was given; bool [B, 0, 1]: every key is there by a
+        mask that was given (``is_whole``); bool [B, T'], True = keep, where some are not (keys from
+        T' on have not been written yet); or int32 [n + 1], the offsets of n packed sequences in
+        B · S tokens.
 
     Raises:
         ValueError: a pattern that has no kernel, or a mask that ends before the last query.
@@ -75,7 +76,7 @@ def prefix_mask(
         # A static cache hands out keys that have not been written yet.
         width = min(width, int(q_offset) + int(q_length or 0) - kv_offset)
     # What this function gave may be given to it: generate makes masks ahead.
-    if attention_mask is None or attention_mask.shape[1] == 0:
+    if attention_mask is None or is_whole(attention_mask):
         if width == kv_length:
             return attention_mask
         device = kwargs.get("device")
@@ -94,7 +95,12 @@ def prefix_mask(
         )
     # Looking stops the host for a moment, once a model call; a traced mask cannot be looked at.
     whole = width == kv_length and not torch.compiler.is_compiling()
-    return keep[:, :0] if whole and bool(keep.all()) else keep
+    return keep[:, :0, None] if whole and bool(keep.all()) else keep
+
+
+def is_whole(mask: Tensor) -> bool:
+    """Return whether ``prefix_mask`` made this of a mask that hides nothing; no user's is so."""
+    return mask.dim() == 3 and mask.shape[1:] == (0, 1)
 
 
 def packed_offsets(position_ids: Tensor) -> Tensor | None:
